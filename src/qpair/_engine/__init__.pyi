@@ -1,0 +1,232 @@
+"""The Rust engine as Python sees it.
+
+Python decides, Rust moves: nothing here is called once per I/O, except by code that asked for single I/Os.
+
+Asynchronous calls return a *token* (``int``) at once; the answer arrives later as one `Reply` from
+`Engine.events`. `Engine.event_fd` is readable while events wait. Every token is answered exactly once,
+also through removal and shutdown. A call that is refused before it reaches a reactor raises `EngineError`.
+
+Units: ``*_blocks`` counts logical blocks of the bdev, ``*_bytes`` bytes, ``*_ns`` nanoseconds, ``*_us`` microseconds.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, final
+
+__version__: str
+
+class EngineError(OSError):
+    """``errno`` is positive (``errno.ENODEV``...), ``strerror`` names the field, the value and the limit."""
+
+@final
+class Reply:
+    token: int
+    error: EngineError | None
+    value: Any
+
+@final
+class BdevEvent:
+    """A bdev appeared, went, changed its size or failed."""
+
+    kind: Literal["added", "removing", "removed", "resized", "media"]
+    name: str
+
+@final
+class SessionEvent:
+    """A vhost session ended itself (a hostile ring, dead memory): Python closes the socket. ``reason`` is one sentence."""
+
+    session: int
+    kind: Literal["queue_failed", "failed"]
+    queue: int | None
+    reason: str
+
+@final
+class LogEvent:
+    level: Literal["error", "warning", "info", "debug"]
+    component: str
+    message: str
+    suppressed: int
+    """How many messages the rate limit dropped before this one."""
+
+@final
+class PythonBdevWork:
+    """Requests wait in the ring of a Python bdev: call `PythonBdevRing.fetch`."""
+
+    ring: int
+
+Event: TypeAlias = Reply | BdevEvent | SessionEvent | LogEvent | PythonBdevWork
+
+@final
+class Engine:
+    """Reactor threads and all that runs on them. One per process is usual, more are allowed."""
+
+    event_fd: int
+    driver: Literal["io_uring", "epoll"]
+
+    def __init__(
+        self,
+        *,
+        cores: Sequence[int] = ...,
+        pin: bool = True,
+        driver: Literal["auto", "io_uring", "epoll"] = "auto",
+        busy_poll: bool = False,
+        spin_us: int = 50,
+        ios_per_reactor: int = 8192,
+    ) -> None:
+        """Starts one reactor a core. ``auto`` takes io_uring where the kernel allows it, else epoll with a thread pool."""
+
+    def events(self, max_events: int = 256) -> list[Event]: ...
+    def reactors(self) -> list[dict[str, Any]]:
+        """One dict a reactor: ``lcore, tid, driver, busy_ns, idle_ns, sleeps, turns, messages, pollers: [{name, state
+        ("active" | "armed"), busy_ns, runs, busy_runs}]``. Waits at most 100 ms for each reactor, without the GIL."""
+
+    def stop(self, deadline_ms: int = 10_000) -> None:
+        """Front ends, then bdevs, then reactors; each outstanding token is answered first. Idempotent. Blocks without the GIL."""
+
+    # ---- bdevs (crates/bdev) -------------------------------------------------------------------------
+    def bdev_null_create(self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0) -> int:
+        """Reply value: None. Raises ``EEXIST`` for a name in use, ``EINVAL`` for geometry."""
+
+    def bdev_malloc_create(self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0, optimal_io_boundary: int = 0) -> int: ...
+    def bdev_file_create(
+        self, name: str, path: str, *, module: Literal["uring", "aio"], block_size: int = 0, readonly: bool = False, fallocate: bool = False, uuid: str | None = None
+    ) -> int:
+        """``block_size`` 0 takes the file's own. O_DIRECT where the file system takes it."""
+
+    def bdev_python_create(
+        self, name: str, *, num_blocks: int, block_size: int, depth: int = 128, max_io_bytes: int = 131072, uuid: str | None = None, readonly: bool = False
+    ) -> PythonBdevRing: ...
+    def bdev_virtio_create(
+        self,
+        name: str,
+        *,
+        features: int,
+        config: bytes,
+        memory: VirtioMemory,
+        queues: Sequence[tuple[int, int, int]],
+    ) -> int:
+        """The driver's side of virtio-blk rings that `VirtioMemory` laid out. ``queues``: (size, kick fd, call fd); fds are duplicated."""
+
+    def bdev_unregister(self, name: str, *, deadline_ms: int = 10_000) -> int:
+        """Stop new I/O, drain or abort, close channels, then gone. Reply: None. ``ENODEV``, ``EBUSY`` (claimed)."""
+
+    def bdev_resize(self, name: str, num_blocks: int) -> int: ...
+    def bdev_info(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Snapshots: ``name, module, uuid, aliases, block_size, num_blocks, write_unit, physical_block_size,
+        optimal_io_boundary, max_io_blocks, max_segments, readonly, claimed_by, removing, open_count, write_cache,
+        supported: {op: bool}, path, version``."""
+
+    def bdev_iostat(self, name: str | None = None, *, reset: bool = False) -> int:
+        """Reply: list of dicts ``name, read_ios, read_bytes, write_ios, write_bytes, unmap_ios, unmap_bytes, flush_ios,
+        write_zeroes_ios, errors, read_ns, write_ns, unmap_ns, max_read_ns, min_read_ns, max_write_ns, min_write_ns``."""
+
+    def bdev_claim(self, name: str, owner: str) -> None: ...
+    def bdev_release(self, name: str, owner: str) -> None: ...
+    def bdev_open(self, name: str, *, write: bool = True) -> int:
+        """Reply value: a descriptor (int), closed by `bdev_close`."""
+
+    def bdev_close(self, descriptor: int) -> int: ...
+    def bdev_io(
+        self,
+        descriptor: int,
+        op: Literal["read", "write", "flush", "unmap", "write_zeroes", "reset"],
+        offset_blocks: int = 0,
+        num_blocks: int = 0,
+        data: Any = None,
+    ) -> int:
+        """One I/O by way of a bounce buffer. ``data`` (write): anything with the buffer protocol, copied before this returns.
+        Reply value: bytes for read, else None."""
+
+    # ---- vhost (crates/vhost) ------------------------------------------------------------------------
+    def vhost_blk_create(self, name: str, bdev: str, *, reactors: Sequence[int] = (), readonly: bool = False, num_queues: int = 16, packed_ring: bool = False) -> int:
+        """A virtio-blk device with no socket: Python listens and opens a session a connection. ``reactors``: lcores whose
+        reactors take the queues, round robin; empty means all. Reply: None."""
+
+    def vhost_blk_delete(self, name: str, *, deadline_ms: int = 10_000) -> int: ...
+    def vhost_blk_info(self, name: str | None = None) -> list[dict[str, Any]]:
+        """``name, bdev, readonly, num_queues, reactors, device_features (int), sessions: [{id, features, queues: [{index, size, state
+        ("stopped" | "running" | "draining" | "failed"), lcore, avail_idx, used_idx, requests, kicks, interrupts, inflight}]}]``."""
+
+    def vhost_session_open(self, controller: str) -> int:
+        """Reply value: session id. One live session a controller: ``EBUSY`` otherwise."""
+
+    def vhost_session_close(self, session: int, *, deadline_ms: int = 10_000) -> int:
+        """Drains every ring, crosses a barrier over its reactors, drops all memory; then replies."""
+
+    def vhost_set_features(self, session: int, features: int) -> int: ...
+    def vhost_set_protocol_features(self, session: int, features: int) -> int: ...
+    def vhost_set_mem_table(self, session: int, regions: Sequence[tuple[int, int, int, int, int]]) -> int:
+        """``(guest_address, size_bytes, user_address, mmap_offset, fd)``. Fds are duplicated. Live rings are drained, moved
+        to the new table and restarted before the reply."""
+
+    def vhost_set_vring_num(self, session: int, queue: int, size: int) -> int: ...
+    def vhost_set_vring_addr(self, session: int, queue: int, flags: int, desc: int, used: int, avail: int, log: int) -> int: ...
+    def vhost_set_vring_base(self, session: int, queue: int, base: int) -> int: ...
+    def vhost_get_vring_base(self, session: int, queue: int) -> int:
+        """Stops the ring: replies the base only after the last request is done and its reactor has let go."""
+
+    def vhost_set_vring_kick(self, session: int, queue: int, fd: int | None) -> int:
+        """Starts the ring (vhost-user: "rings are started by a kick or by this message"). None: poll only."""
+
+    def vhost_set_vring_call(self, session: int, queue: int, fd: int | None) -> int: ...
+    def vhost_set_vring_err(self, session: int, queue: int, fd: int | None) -> int: ...
+    def vhost_set_vring_enable(self, session: int, queue: int, enabled: bool) -> int: ...
+    def vhost_get_inflight_fd(self, session: int, num_queues: int, queue_size: int) -> int:
+        """Reply: ``(fd, mmap_size, mmap_offset)``; the caller owns fd."""
+
+    def vhost_set_inflight_fd(self, session: int, fd: int, mmap_size: int, mmap_offset: int, num_queues: int, queue_size: int) -> int: ...
+    def vhost_get_config(self, session: int) -> bytes:
+        """The whole virtio_blk_config of this controller now (Virtio 1.2, 5.2.4); callers cut or zero-pad it."""
+
+    def vhost_reset_device(self, session: int) -> int: ...
+
+    # ---- load generator (crates/perf) ------------------------------------------------------------------
+    def perf_start(
+        self,
+        bdev: str,
+        *,
+        pattern: Literal["randread", "randwrite", "randrw", "read", "write", "rw", "flush", "unmap", "write_zeroes"] = "randread",
+        read_percent: int = 100,
+        io_bytes: int = 4096,
+        depth: int = 128,
+        reactors: Sequence[int] = (),
+        duration_ms: int = 0,
+        max_ios: int = 0,
+        verify: bool = False,
+        seed: int = 1,
+        offset_blocks: int = 0,
+        length_blocks: int = 0,
+    ) -> int:
+        """Reply (when the run ends): ``{ios, reads, writes, bytes, errors, verify_errors, elapsed_ns, mean_ns, min_ns, max_ns,
+        percentiles: {"50": ns, "99": ns, "99.9": ns, "99.99": ns}, per_reactor: [{lcore, ios}], max_gap_ns, histogram: bytes (HdrHistogram V2)}``."""
+
+    def perf_snapshot(self, token: int) -> dict[str, Any]:
+        """Of a run under way: ``ios, bytes, errors, elapsed_ns``. Lock-free."""
+
+    def perf_stop(self, token: int) -> None: ...
+
+@final
+class PythonBdevRing:
+    """The engine's side of a bdev whose I/O Python does. Level-triggered: `PythonBdevWork` comes once until `fetch` finds nothing."""
+
+    id: int
+    def fetch(self, max_requests: int = 64) -> list[tuple[int, str, int, int, memoryview | None]]:
+        """Requests ``(slot, op, offset_blocks, num_blocks, buffer)``; ops "read", "write", "flush", "unmap", "write_zeroes", "reset".
+        The buffer is a pooled bounce buffer: fill it for read, take from it for write; it is invalid after `complete`."""
+
+    def complete(self, slot: int, errno: int = 0) -> None:
+        """``ValueError`` for a slot that is not with Python: each request is completed once."""
+
+    def close(self) -> None: ...
+
+@final
+class VirtioMemory:
+    """Shared memory (memfd) for rings and data of a virtio-user initiator, laid out by the engine."""
+
+    def __init__(self, *, num_queues: int, queue_size: int, max_io_bytes: int = 131072) -> None: ...
+    fd: int
+    size_bytes: int
+    user_address: int
+    """Where it is mapped here: what the memory table calls userspace address; guest addresses equal offsets."""
+
+    def queue_addresses(self, queue: int) -> tuple[int, int, int]:
+        """(desc, avail, used) as user addresses."""
