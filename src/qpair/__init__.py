@@ -1,0 +1,1 @@
+"""qpair: a user-space storage stack. Python decides, Rust moves."""
