@@ -1,0 +1,100 @@
+//! Notifications between parties: an eventfd, or its counterpart in the simulator.
+//!
+//! A vhost kick, a vhost call and a reactor's own bell are all this: `notify` never blocks, and a reactor that
+//! watches it is woken once or more for any number of notifications.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter that can be waited for.
+#[derive(Debug)]
+pub struct Event(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Fd(File),
+    Simulated(Arc<AtomicU64>),
+}
+
+impl Event {
+    /// A new eventfd.
+    pub fn new() -> std::io::Result<Self> {
+        // SAFETY: eventfd has no preconditions.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+        Ok(Self::from_fd(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Somebody else's descriptor, meant to be an eventfd. It is made non-blocking: a peer must not stall a reactor.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        // SAFETY: plain fcntl calls on a descriptor we own; failure leaves it as it was.
+        unsafe {
+            let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+            libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK);
+        }
+        Self(Kind::Fd(File::from(fd)))
+    }
+
+    /// A simulated one; clones made by [`Event::twin`] share the count.
+    pub fn simulated() -> Self {
+        Self(Kind::Simulated(Arc::new(AtomicU64::new(0))))
+    }
+
+    /// Another handle on the same event.
+    pub fn twin(&self) -> std::io::Result<Self> {
+        Ok(Self(match &self.0 {
+            Kind::Fd(file) => Kind::Fd(file.try_clone()?),
+            Kind::Simulated(count) => Kind::Simulated(count.clone()),
+        }))
+    }
+
+    /// Adds one. A full counter, or a descriptor that is no eventfd and refuses, changes nothing.
+    pub fn notify(&self) {
+        match &self.0 {
+            Kind::Fd(file) => {
+                let mut writer: &File = file;
+                let _ = writer.write(&1u64.to_ne_bytes());
+            }
+            Kind::Simulated(count) => {
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Takes the count, 0 if there was none.
+    pub fn take(&self) -> u64 {
+        match &self.0 {
+            Kind::Fd(file) => {
+                let mut bytes = [0u8; 8];
+                let mut reader: &File = file;
+                match reader.read(&mut bytes) {
+                    Ok(8) => u64::from_ne_bytes(bytes),
+                    _ => 0,
+                }
+            }
+            Kind::Simulated(count) => count.swap(0, Ordering::SeqCst),
+        }
+    }
+
+    /// The descriptor, unless simulated.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.0 {
+            Kind::Fd(file) => Some(file.as_fd()),
+            Kind::Simulated(_) => None,
+        }
+    }
+
+    /// The simulated count, unless real. For simulated drivers.
+    pub fn count(&self) -> Option<&Arc<AtomicU64>> {
+        match &self.0 {
+            Kind::Fd(_) => None,
+            Kind::Simulated(count) => Some(count),
+        }
+    }
+}
