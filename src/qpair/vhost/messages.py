@@ -1,0 +1,617 @@
+"""Messages of vhost-user, both directions, as frozen dataclasses: encode and decode, no I/O.
+
+The vhost-user protocol, version 1, as QEMU's documentation states it (docs/interop/vhost-user); configuration space of Virtio 1.2, 5.2.4.
+
+How it works: `decode_request` and `decode_reply` turn a `Frame` into one of the dataclasses here, `encode` is the way back. Every class
+states its layout, its number of descriptors and what no state of a connection makes right.
+
+Errors: `ProtocolError`, with the message's name, the field, the value and the limit.
+
+Not implemented: the payloads of logging, crypto, network, GPU, shared-object, memory-slot and device-state messages, which are refused by name.
+
+Limits: those of `qpair.vhost.framing`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar, Self
+
+from qpair.vhost.framing import (
+    CONFIG_BYTES_MAX,
+    FLAG_NEED_REPLY,
+    FLAG_REPLY,
+    REGIONS_MAX,
+    VERSION,
+    Frame,
+    Header,
+    ProtocolError,
+    Request,
+)
+
+__all__ = [
+    "Ack",
+    "ConfigReply",
+    "Features",
+    "GetConfig",
+    "GetFeatures",
+    "GetInflightFd",
+    "GetProtocolFeatures",
+    "GetQueueNum",
+    "GetVringBase",
+    "InflightReply",
+    "MemoryRegion",
+    "Message",
+    "ProtocolFeaturesOffer",
+    "QueueNum",
+    "ResetDevice",
+    "ResetOwner",
+    "SetConfig",
+    "SetFeatures",
+    "SetInflightFd",
+    "SetMemTable",
+    "SetOwner",
+    "SetProtocolFeatures",
+    "SetVringAddr",
+    "SetVringBase",
+    "SetVringCall",
+    "SetVringEnable",
+    "SetVringErr",
+    "SetVringKick",
+    "SetVringNum",
+    "VringBase",
+    "decode_reply",
+    "decode_request",
+    "encode",
+]
+
+VRING_INDEX_MASK = 0xFF
+VRING_NO_FD = 1 << 8
+_U64_LIMIT = 1 << 64
+
+
+class Message:
+    """Base of all messages: its layout and the number of descriptors that belong to it."""
+
+    __slots__ = ()
+    request: ClassVar[Request]
+    layout: ClassVar[struct.Struct] = struct.Struct("")
+    fds_min: ClassVar[int] = 0
+    fds_max: ClassVar[int] = 0
+
+    def encode_payload(self) -> bytes:
+        """The payload without header."""
+        return self.layout.pack(*astuple(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def decode_payload(cls, payload: bytes) -> Self:
+        """Of exactly one payload; `ProtocolError` for another size or a value out of its range."""
+        _exactly(cls.request.name, payload, cls.layout.size)
+        message = cls(*cls.layout.unpack(payload))
+        message.check()
+        return message
+
+    def check(self) -> None:
+        """Refuse values that no state of the connection makes right."""
+
+    def fd_count(self) -> tuple[int, int]:
+        """The fewest and the most descriptors that come with this message."""
+        return self.fds_min, self.fds_max
+
+
+_U64 = struct.Struct("<Q")
+_STATE = struct.Struct("<II")
+
+
+@dataclass(frozen=True, slots=True)
+class GetFeatures(Message):
+    """Ask for the feature bits; answered by `Features`."""
+
+    request = Request.GET_FEATURES
+
+
+@dataclass(frozen=True, slots=True)
+class SetFeatures(Message):
+    """The agreed feature bits."""
+
+    request = Request.SET_FEATURES
+    layout = _U64
+    features: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetOwner(Message):
+    """This connection owns the device now."""
+
+    request = Request.SET_OWNER
+
+
+@dataclass(frozen=True, slots=True)
+class ResetOwner(Message):
+    """Obsolete."""
+
+    request = Request.RESET_OWNER
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRegion:
+    """One piece of guest memory; its descriptor comes beside the message, in the same order."""
+
+    guest_address: int
+    size_bytes: int
+    user_address: int
+    mmap_offset: int
+
+    layout: ClassVar[struct.Struct] = struct.Struct("<QQQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class SetMemTable(Message):
+    """All guest memory, replacing what was before. One descriptor a region."""
+
+    request = Request.SET_MEM_TABLE
+    layout = _STATE
+    regions: tuple[MemoryRegion, ...]
+
+    def encode_payload(self) -> bytes:
+        return self.layout.pack(len(self.regions), 0) + b"".join(MemoryRegion.layout.pack(*astuple(region)) for region in self.regions)
+
+    @classmethod
+    def decode_payload(cls, payload: bytes) -> Self:
+        name = cls.request.name
+        if len(payload) < cls.layout.size:
+            raise ProtocolError(name, "payload size", len(payload), f"at least {cls.layout.size} bytes")
+        count, _ = cls.layout.unpack_from(payload)
+        if count > REGIONS_MAX:
+            raise ProtocolError(name, "number of regions", count, f"at most {REGIONS_MAX}")
+        # Some front ends send the whole array of 8 whatever the number in use.
+        least, most = cls.layout.size + count * MemoryRegion.layout.size, cls.layout.size + REGIONS_MAX * MemoryRegion.layout.size
+        if not least <= len(payload) <= most:
+            raise ProtocolError(name, "payload size", len(payload), f"{least} bytes for {count} regions")
+        pieces = MemoryRegion.layout.iter_unpack(payload[cls.layout.size : least])
+        message = cls(tuple(MemoryRegion(*piece) for piece in pieces))
+        message.check()
+        return message
+
+    def check(self) -> None:
+        for number, region in enumerate(self.regions):
+            if region.size_bytes == 0:
+                raise ProtocolError(self.request.name, f"size of region {number}", 0, "more than 0 bytes")
+            for field in ("guest_address", "user_address", "mmap_offset"):
+                start: int = getattr(region, field)
+                if start + region.size_bytes > _U64_LIMIT:
+                    raise ProtocolError(
+                        self.request.name, f"{field} of region {number}", f"{start:#x}", f"at most 2**64 - {region.size_bytes:#x}, its size"
+                    )
+
+    def fd_count(self) -> tuple[int, int]:
+        return len(self.regions), len(self.regions)
+
+
+@dataclass(frozen=True, slots=True)
+class SetVringNum(Message):
+    """Entries of a queue."""
+
+    request = Request.SET_VRING_NUM
+    layout = _STATE
+    index: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetVringAddr(Message):
+    """Where a queue lies, in the front end's address space. ``flags`` bit 0: log writes to the used ring at ``log``."""
+
+    request = Request.SET_VRING_ADDR
+    layout = struct.Struct("<IIQQQQ")
+    index: int
+    flags: int
+    desc: int
+    used: int
+    avail: int
+    log: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetVringBase(Message):
+    """The avail index at which the back end starts."""
+
+    request = Request.SET_VRING_BASE
+    layout = _STATE
+    index: int
+    base: int
+
+    def check(self) -> None:
+        if self.base > 0xFFFF:
+            raise ProtocolError(self.request.name, "base", self.base, "at most 65535")
+
+
+@dataclass(frozen=True, slots=True)
+class GetVringBase(Message):
+    """Stop a queue; answered by `VringBase` once nothing is in flight. ``unused`` has no meaning."""
+
+    request = Request.GET_VRING_BASE
+    layout = _STATE
+    index: int
+    unused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _VringFile(Message):
+    """A queue and at most one descriptor. ``value`` holds the queue in 7:0 and, in bit 8, that no descriptor comes along."""
+
+    layout = _U64
+    fds_max = 1
+    value: int
+
+    @property
+    def index(self) -> int:
+        """The queue."""
+        return self.value & VRING_INDEX_MASK
+
+    @property
+    def has_fd(self) -> bool:
+        """A descriptor comes along."""
+        return not self.value & VRING_NO_FD
+
+    @classmethod
+    def of(cls, index: int, *, has_fd: bool = True) -> Self:
+        """For queue ``index``."""
+        return cls(index if has_fd else index | VRING_NO_FD)
+
+    def check(self) -> None:
+        if self.value >> 9:
+            raise ProtocolError(self.request.name, "payload", f"{self.value:#x}", "a queue in bits 7:0 and a flag in bit 8")
+
+    def fd_count(self) -> tuple[int, int]:
+        return (1, 1) if self.has_fd else (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SetVringKick(_VringFile):
+    """The descriptor by which the front end kicks; starts the queue."""
+
+    request = Request.SET_VRING_KICK
+
+
+@dataclass(frozen=True, slots=True)
+class SetVringCall(_VringFile):
+    """The descriptor by which the back end interrupts."""
+
+    request = Request.SET_VRING_CALL
+
+
+@dataclass(frozen=True, slots=True)
+class SetVringErr(_VringFile):
+    """The descriptor by which the back end tells of a failed queue."""
+
+    request = Request.SET_VRING_ERR
+
+
+@dataclass(frozen=True, slots=True)
+class GetProtocolFeatures(Message):
+    """Ask for the protocol features; answered by `Features`."""
+
+    request = Request.GET_PROTOCOL_FEATURES
+
+
+@dataclass(frozen=True, slots=True)
+class SetProtocolFeatures(Message):
+    """The agreed protocol features."""
+
+    request = Request.SET_PROTOCOL_FEATURES
+    layout = _U64
+    features: int
+
+
+@dataclass(frozen=True, slots=True)
+class GetQueueNum(Message):
+    """Ask for the most queues; answered by `QueueNum`."""
+
+    request = Request.GET_QUEUE_NUM
+
+
+@dataclass(frozen=True, slots=True)
+class SetVringEnable(Message):
+    """Let a queue pass requests (1) or not (0)."""
+
+    request = Request.SET_VRING_ENABLE
+    layout = _STATE
+    index: int
+    enable: int
+
+    def check(self) -> None:
+        if self.enable > 1:
+            raise ProtocolError(self.request.name, "enable", self.enable, "0 or 1")
+
+
+class _Config(Message):
+    """A range of the configuration space and its bytes."""
+
+    __slots__ = ()
+    layout = struct.Struct("<III")
+    offset: int
+    size: int
+    flags: int
+    data: bytes
+
+    def encode_payload(self) -> bytes:
+        return self.layout.pack(self.offset, self.size, self.flags) + self.data
+
+    @classmethod
+    def _decode(cls, payload: bytes) -> tuple[int, int, int, bytes]:
+        name = cls.request.name
+        if len(payload) < cls.layout.size:
+            raise ProtocolError(name, "payload size", len(payload), f"at least {cls.layout.size} bytes")
+        offset, size, flags = cls.layout.unpack_from(payload)
+        if size > CONFIG_BYTES_MAX:
+            raise ProtocolError(name, "size", size, f"at most {CONFIG_BYTES_MAX} bytes")
+        if offset + size > CONFIG_BYTES_MAX:
+            raise ProtocolError(name, "offset", offset, f"at most {CONFIG_BYTES_MAX - size} for a size of {size}")
+        return offset, size, flags, payload[cls.layout.size :]
+
+
+@dataclass(frozen=True, slots=True)
+class GetConfig(_Config):
+    """Ask for ``size`` bytes of the configuration space; answered by `ConfigReply`. ``data`` has no meaning."""
+
+    request = Request.GET_CONFIG
+    offset: int
+    size: int
+    flags: int
+    data: bytes
+
+    @classmethod
+    def of(cls, size: int, *, offset: int = 0) -> Self:
+        """With as many zero bytes as are asked for, which back ends expect."""
+        return cls(offset, size, 0, bytes(size))
+
+    @classmethod
+    def decode_payload(cls, payload: bytes) -> Self:
+        offset, size, flags, data = cls._decode(payload)
+        if len(data) not in (0, size):
+            raise ProtocolError(cls.request.name, "payload size", len(payload), f"{cls.layout.size + size} bytes for a size of {size}")
+        return cls(offset, size, flags, data)
+
+
+@dataclass(frozen=True, slots=True)
+class SetConfig(_Config):
+    """Write to the configuration space. ``flags``: 0 the driver writes, 1 a migration restores."""
+
+    request = Request.SET_CONFIG
+    offset: int
+    size: int
+    flags: int
+    data: bytes
+
+    @classmethod
+    def decode_payload(cls, payload: bytes) -> Self:
+        offset, size, flags, data = cls._decode(payload)
+        if len(data) != size:
+            raise ProtocolError(cls.request.name, "payload size", len(payload), f"{cls.layout.size + size} bytes for a size of {size}")
+        return cls(offset, size, flags, data)
+
+
+class _Inflight(Message):
+    """The inflight region: 20 bytes as documented, 24 as every implementation sends its C structure."""
+
+    __slots__ = ()
+    layout = struct.Struct("<QQHH4x")
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+    @classmethod
+    def decode_payload(cls, payload: bytes) -> Self:
+        if len(payload) not in (20, 24):
+            raise ProtocolError(cls.request.name, "payload size", len(payload), "20 or 24 bytes")
+        message = cls(*cls.layout.unpack(payload.ljust(24, b"\0")))
+        message.check()
+        return message
+
+    def check(self) -> None:
+        if self.mmap_offset + self.mmap_size > _U64_LIMIT:
+            raise ProtocolError(
+                self.request.name, "mmap_offset", f"{self.mmap_offset:#x}", f"at most 2**64 - {self.mmap_size:#x}, its size"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class GetInflightFd(_Inflight):
+    """Ask for an inflight region for that many queues of that size; answered by `InflightReply`."""
+
+    request = Request.GET_INFLIGHT_FD
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetInflightFd(_Inflight):
+    """Use this inflight region. One descriptor."""
+
+    request = Request.SET_INFLIGHT_FD
+    fds_min = 1
+    fds_max = 1
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResetDevice(Message):
+    """Back to the state after connecting, the connection excepted."""
+
+    request = Request.RESET_DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class _U64Reply(Message):
+    layout = _U64
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Features(_U64Reply):
+    """Answers `GetFeatures`."""
+
+    request = Request.GET_FEATURES
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolFeaturesOffer(_U64Reply):
+    """Answers `GetProtocolFeatures`."""
+
+    request = Request.GET_PROTOCOL_FEATURES
+
+
+@dataclass(frozen=True, slots=True)
+class QueueNum(_U64Reply):
+    """Answers `GetQueueNum`."""
+
+    request = Request.GET_QUEUE_NUM
+
+
+@dataclass(frozen=True, slots=True)
+class VringBase(Message):
+    """Answers `GetVringBase`: the avail index at which a later start goes on."""
+
+    request = Request.GET_VRING_BASE
+    layout = _STATE
+    index: int
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReply(_Config):
+    """Answers `GetConfig`. No payload at all means that the back end refused."""
+
+    request = Request.GET_CONFIG
+    offset: int
+    size: int
+    flags: int
+    data: bytes
+
+    @property
+    def refused(self) -> bool:
+        """The back end has no such range."""
+        return self.size == 0
+
+    def encode_payload(self) -> bytes:
+        return b"" if self.refused else _Config.encode_payload(self)
+
+    @classmethod
+    def decode_payload(cls, payload: bytes) -> Self:
+        if not payload:
+            return cls(0, 0, 0, b"")
+        offset, size, flags, data = cls._decode(payload)
+        if len(data) != size:
+            raise ProtocolError(cls.request.name, "payload size", len(payload), f"{cls.layout.size + size} bytes for a size of {size}")
+        return cls(offset, size, flags, data)
+
+
+@dataclass(frozen=True, slots=True)
+class InflightReply(_Inflight):
+    """Answers `GetInflightFd`. One descriptor, unless ``mmap_size`` is 0: then the back end tracks nothing."""
+
+    request = Request.GET_INFLIGHT_FD
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+    def fd_count(self) -> tuple[int, int]:
+        return (1, 1) if self.mmap_size else (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Answers a request that has no reply of its own and asked for one (REPLY_ACK). 0 is success."""
+
+    request: Request
+    result: int
+
+
+_REQUESTS: dict[Request, type[Message]] = {
+    kind.request: kind
+    for kind in (
+        GetFeatures,
+        SetFeatures,
+        SetOwner,
+        ResetOwner,
+        SetMemTable,
+        SetVringNum,
+        SetVringAddr,
+        SetVringBase,
+        GetVringBase,
+        SetVringKick,
+        SetVringCall,
+        SetVringErr,
+        GetProtocolFeatures,
+        SetProtocolFeatures,
+        GetQueueNum,
+        SetVringEnable,
+        GetConfig,
+        SetConfig,
+        GetInflightFd,
+        SetInflightFd,
+        ResetDevice,
+    )
+}
+_REPLIES: dict[Request, type[Message]] = {
+    kind.request: kind for kind in (Features, ProtocolFeaturesOffer, QueueNum, VringBase, ConfigReply, InflightReply)
+}
+
+
+def decode_request(frame: Frame) -> Message:
+    """What a front end asks. `ProtocolError` for a reply, a message that a block device does not know, and wrong descriptors."""
+    header = frame.header
+    if header.is_reply:
+        raise ProtocolError(header.request.name, "flags", f"{header.flags:#x}", "those of a request, not of a reply")
+    kind = _REQUESTS.get(header.request)
+    if kind is None:
+        raise ProtocolError("header", "request", f"{header.request.name} ({header.request:d})", "one that a block device supports")
+    message = kind.decode_payload(frame.payload)
+    _check_fds(message, frame)
+    return message
+
+
+def decode_reply(frame: Frame, *, to: Request) -> Message | Ack:
+    """What a back end answers to ``to``: the reply of that request, or an `Ack` if it has none."""
+    header = frame.header
+    if not header.is_reply:
+        raise ProtocolError(header.request.name, "flags", f"{header.flags:#x}", "those of a reply")
+    if header.request is not to:
+        raise ProtocolError("reply", "request", header.request.name, f"{to.name}, which was asked")
+    kind = _REPLIES.get(to)
+    if kind is None:
+        _exactly(to.name, frame.payload, _U64.size)
+        if frame.fds:
+            raise ProtocolError(to.name, "number of descriptors", len(frame.fds), "0")
+        return Ack(to, _U64.unpack(frame.payload)[0])
+    message = kind.decode_payload(frame.payload)
+    _check_fds(message, frame)
+    return message
+
+
+def encode(message: Message | Ack, *, reply: bool = False, need_reply: bool = False) -> bytes:
+    """Header and payload. An `Ack` is always a reply."""
+    payload = _U64.pack(message.result) if isinstance(message, Ack) else message.encode_payload()
+    flags = VERSION | (FLAG_REPLY if reply or isinstance(message, Ack) else 0) | (FLAG_NEED_REPLY if need_reply else 0)
+    return Header(message.request, flags, len(payload)).encode() + payload
+
+
+def _exactly(where: str, data: bytes, size: int) -> None:
+    if len(data) != size:
+        raise ProtocolError(where, "payload size", len(data), f"{size} bytes")
+
+
+def _check_fds(message: Message, frame: Frame) -> None:
+    least, most = message.fd_count()
+    if not least <= len(frame.fds) <= most:
+        expected: Any = least if least == most else f"{least} to {most}"
+        raise ProtocolError(message.request.name, "number of descriptors", len(frame.fds), str(expected))
