@@ -40,8 +40,7 @@ class Framer:
     def __init__(self, *, document_bytes_max: int = DOCUMENT_BYTES_MAX, depth_max: int = DEPTH_MAX) -> None:
         self._document_bytes_max = document_bytes_max
         self._depth_max = depth_max
-        self._parts: list[bytes] = []
-        self._buffered = 0
+        self._pending = bytearray()
         self._depth = 0
         self._in_string = False
         self._escaped = False
@@ -50,7 +49,7 @@ class Framer:
     @property
     def buffered_bytes(self) -> int:
         """Bytes held of a document that is not yet whole."""
-        return self._buffered
+        return len(self._pending)
 
     def feed(self, data: bytes) -> tuple[list[bytes], FramingError | None]:
         """The documents that ``data`` completes, and the error that ended the stream after them, if any."""
@@ -70,15 +69,14 @@ class Framer:
                 position = self._structure(data, position)
             self._check_size(position - start)
             if self._depth == 0 and self.error is None:
-                self._parts.append(data[start:position])
-                documents.append(b"".join(self._parts))
-                self._parts, self._buffered = [], 0
+                self._pending += data[start:position]
+                documents.append(bytes(self._pending))
+                self._pending = bytearray()
                 start = position
         if self.error is not None:
-            self._parts, self._buffered = [], 0
+            self._pending = bytearray()
         elif self._depth:
-            self._parts.append(data[start:])
-            self._buffered += len(data) - start
+            self._pending += data[start:]
         return documents, self.error
 
     def _open(self, byte: int) -> bool:
@@ -120,5 +118,7 @@ class Framer:
         return match.end()
 
     def _check_size(self, pending: int) -> None:
-        if self.error is None and self._buffered + pending > self._document_bytes_max:
+        over = len(self._pending) + pending - self._document_bytes_max
+        # A search may jump past the limit to a later fault; the limit came first.
+        if over > 1 or (over == 1 and self.error is None):
             self.error = FramingError(-32600, f"Invalid request: longer than {self._document_bytes_max} bytes")

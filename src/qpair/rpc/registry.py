@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from qpair.errors import InvalidParameters
+from qpair.rpc.types import U64_MAX
 
 __all__ = ["REGISTRY", "Method", "Params", "Registry", "method"]
 
@@ -51,8 +52,12 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             return None
         given: dict[str, Any] = raw or {}
         declared = {field.encode_name: field for field in self.fields()}
-        if unknown := [name for name in given if name not in declared]:
+        strict = self.params.__struct_config__.forbid_unknown_fields
+        if strict and (unknown := [name for name in given if name not in declared]):
             raise InvalidParameters(f"{self.name}: unknown parameter {_names(unknown)}")
+        for name, value in given.items():
+            if isinstance(value, int) and not -U64_MAX <= value <= U64_MAX:
+                raise InvalidParameters(f"{self.name}: parameter {name!r}: the number is past {U64_MAX}")
         if missing := [name for name, field in declared.items() if field.required and name not in given]:
             raise InvalidParameters(f"{self.name}: missing parameter {_names(missing)}")
         try:

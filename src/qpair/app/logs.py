@@ -1,0 +1,44 @@
+"""Logging: SPDK's five levels on Python's, and the one handler that ``qpair serve`` prints with.
+
+NOTICE lies between INFO and WARNING. *level* is what the loggers let through at all, *print level* what standard error shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+__all__ = ["FLAGS", "LEVELS", "get_level", "set_level", "setup"]
+
+NOTICE = 25
+LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING, "NOTICE": NOTICE, "INFO": logging.INFO, "DEBUG": logging.DEBUG}
+FLAGS = ("app", "bdev", "engine", "memory", "perf", "reactor", "rpc", "vhost", "virtio")
+
+logging.addLevelName(NOTICE, "NOTICE")
+_root = logging.getLogger("qpair")
+_handler: logging.Handler | None = None
+
+
+def setup(level: str = "NOTICE") -> None:
+    """Print qpair's log on standard error from ``level`` on. Once a process."""
+    global _handler
+    if _handler is None:
+        _handler = logging.StreamHandler(sys.stderr)
+        _handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        _root.addHandler(_handler)
+        _root.propagate = False
+    set_level(level)
+    set_level(level, printed=True)
+
+
+def set_level(level: str, *, printed: bool = False) -> None:
+    """``level`` is one of `LEVELS`."""
+    target = _handler if printed else _root
+    if target is not None:
+        target.setLevel(LEVELS[level])
+
+
+def get_level(*, printed: bool = False) -> str:
+    """The name of the present level."""
+    number = (_handler.level if _handler is not None else NOTICE) if printed else _root.getEffectiveLevel()
+    return max((name for name in LEVELS if LEVELS[name] <= number), key=LEVELS.__getitem__, default="DEBUG")

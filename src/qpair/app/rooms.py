@@ -1,0 +1,50 @@
+"""Which rooms a stack has: one table of subsystems, in the order in which they are declared.
+
+A room's subsystem is a class derived from `qpair.app.subsystems.Subsystem`, made with no arguments; the stack keeps it under ``attribute`` when it has one
+(``stack.bdevs``, ``stack.vhost``). A room's RPC module is imported for its ``@method`` declarations. To add a room, add a line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from qpair.app.inert import inert_subsystem
+from qpair.app.subsystems import Subsystem
+
+__all__ = ["load_rpc", "make_subsystems"]
+
+# attribute of Stack, module, class
+ROOMS: tuple[tuple[str, str, str], ...] = (
+    ("bdevs", "qpair.bdev.control", "BdevSubsystem"),
+    ("virtio", "qpair.virtio.control", "VirtioSubsystem"),
+    ("vhost", "qpair.vhost.control", "VhostSubsystem"),
+)
+
+RPC_MODULES = ("qpair.app.rpc", "qpair.bdev.rpc", "qpair.virtio.rpc", "qpair.vhost.rpc")
+
+
+def make_subsystems() -> tuple[list[Subsystem], dict[str, Any]]:
+    """Fresh subsystems of one stack, and those that it shows as attributes. Names and dependencies are SPDK's."""
+    attributes = {attribute: getattr(import_module(module), name)() for attribute, module, name in ROOMS if find_spec(module)}
+    inert = [
+        inert_subsystem("keyring"),
+        inert_subsystem("iobuf"),
+        inert_subsystem("sock"),
+        inert_subsystem("vmd"),
+        inert_subsystem("fsdev"),
+        inert_subsystem("accel", "iobuf"),
+        inert_subsystem("scheduler"),
+        inert_subsystem("nvmf", "bdev", "keyring", "sock", "accel", "iobuf"),
+        inert_subsystem("scsi", "bdev"),
+        inert_subsystem("iscsi", "scsi", "sock"),
+    ]
+    return [*inert, *(room for room in attributes.values() if room.name)], attributes
+
+
+def load_rpc() -> None:
+    """Import every room's declared methods."""
+    for module in RPC_MODULES:
+        if find_spec(module):
+            import_module(module)

@@ -1,0 +1,353 @@
+"""The stack: one engine, its bridge, and the subsystems that live on it.
+
+How it works: `Stack` is an asynchronous context manager. Entering starts the reactors, then (unless ``wait_for_rpc``) the subsystems in the order of
+their dependencies; leaving stops front ends, bdevs and reactors, in the reverse order, each with a deadline. States: ``new``, ``startup``, ``runtime``,
+``stopping``, ``stopped``.
+
+Errors: whatever a subsystem's start raises, after those already started are stopped again; `StackStopped` once stopped; `ForkedStack` in a forked child,
+where no reactor exists.
+
+Limits: a subsystem that does not stop within its share of ``stop_deadline_ms`` is abandoned, by name, in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from qpair.app.bridge import Bridge
+from qpair.app.cores import check_usable, parse_cores
+from qpair.app.inert import InertStore
+from qpair.app.rooms import make_subsystems
+from qpair.app.subsystems import ConfigEntry, Subsystem, order
+from qpair.errors import ForkedStack, NoSuchDevice, StackStopped, from_engine
+
+if TYPE_CHECKING:
+    from qpair._engine import BdevEvent, Engine
+    from qpair.bdev.client import BdevHandle, OpenBdev
+    from qpair.bdev.control import BdevSubsystem
+    from qpair.bdev.perf import PerfResult, PerfRun
+    from qpair.bdev.python import Bdev
+    from qpair.rpc.server import RpcServer
+
+__all__ = ["Stack"]
+
+State = Literal["new", "startup", "runtime", "stopping", "stopped"]
+EngineFactory = Callable[..., "Engine"]
+
+EVENTS_KEPT = 1024
+
+logger = logging.getLogger("qpair.app")
+
+
+class Stack:
+    """``async with qpair.Stack(cores="0") as stack:`` a running stack.
+
+    ``cores``: "0", "0,2-3", "0x3", a number or numbers: one reactor each. ``driver``: "auto", "io_uring" or "epoll". ``busy_poll``: reactors never
+    sleep. ``spin_us``: how long an idle poller spins before it sleeps. ``vhost_dir``: where vhost sockets with relative names go.
+    ``wait_for_rpc``: stay in the startup state until `start_subsystems` (``framework_start_init``).
+    """
+
+    bdevs: BdevSubsystem
+    vhost: Any
+    virtio: Any
+
+    def __init__(
+        self,
+        *,
+        cores: str | int | Iterable[int] = "0",
+        driver: Literal["auto", "io_uring", "epoll"] = "auto",
+        busy_poll: bool = False,
+        spin_us: int = 50,
+        pin: bool = True,
+        vhost_dir: str | os.PathLike[str] = ".",
+        wait_for_rpc: bool = False,
+        stop_deadline_ms: int = 10_000,
+        engine_factory: EngineFactory | None = None,
+    ) -> None:
+        self.state: State = "new"
+        self.cores = parse_cores(cores)
+        self.vhost_dir = os.path.abspath(os.fspath(vhost_dir))
+        self.inert = InertStore()
+        self.stop_deadline_ms = stop_deadline_ms
+        self.stop_requested: Callable[[str], None] | None = None
+        """Set by ``qpair serve``: what ``spdk_kill_instance`` calls with the signal's name."""
+        self._engine_options = {"cores": self.cores, "driver": driver, "busy_poll": busy_poll, "spin_us": spin_us, "pin": pin}
+        self._engine_factory = engine_factory
+        self._wait_for_rpc = wait_for_rpc
+        self._engine: Any = None
+        self._bridge: Bridge | None = None
+        self._forked = False
+        subsystems, rooms = make_subsystems()
+        self._subsystems: dict[str, Subsystem] = {}
+        self._rooms = rooms
+        for subsystem in subsystems:
+            self.add_subsystem(subsystem)
+        for attribute, room in rooms.items():
+            setattr(self, attribute, room)
+        self._started: list[Subsystem] = []
+        self._ready = asyncio.Event()
+        self._servers: list[RpcServer] = []
+        _STACKS.add(self)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Stack:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Start the reactors; then the subsystems, unless ``wait_for_rpc``."""
+        if self.state != "new":
+            raise StackStopped(f"a stack starts once; this one is {self.state}")
+        check_usable(self.cores)
+        ordered = self.subsystem_order()  # a missing or circular dependency is found before anything runs
+        factory = self._engine_factory or _real_engine()
+        try:
+            self._engine = factory(**self._engine_options)
+        except OSError as error:
+            raise from_engine(error) from error
+        self._bridge = Bridge(self._engine)
+        self._bridge.start()
+        self.state = "startup"
+        logger.debug("subsystems in order: %s", ", ".join(ordered))
+        if not self._wait_for_rpc:
+            try:
+                await self.start_subsystems()
+            except BaseException:
+                await self.stop()
+                raise
+
+    def add_subsystem(self, subsystem: Subsystem) -> None:
+        """Add one of your own before `start`. A name in use is a `ValueError`."""
+        if self.state != "new" or not subsystem.name or subsystem.name in self._subsystems:
+            raise ValueError(f"subsystem {subsystem.name!r}: it needs a name of its own, and to be added before the stack starts")
+        self._subsystems[subsystem.name] = subsystem
+
+    def subsystem_order(self) -> list[str]:
+        """Names in the order of starting; `SubsystemError` names what is missing or circular."""
+        return order(self.subsystem_dependencies())
+
+    def subsystem_dependencies(self) -> dict[str, tuple[str, ...]]:
+        """Name -> names it depends on."""
+        return {name: subsystem.depends_on for name, subsystem in self._subsystems.items()}
+
+    async def start_subsystems(self) -> None:
+        """Startup ends, runtime begins (``framework_start_init``)."""
+        if self.state != "startup":
+            raise StackStopped(f"subsystems start in the startup state; the stack is {self.state}")
+        for name in self.subsystem_order():
+            subsystem = self._subsystems[name]
+            await subsystem.start(self)
+            self._started.append(subsystem)
+        self.state = "runtime"
+        self._ready.set()
+
+    async def wait_ready(self) -> None:
+        """Return when the stack is in the runtime state (``framework_wait_init``)."""
+        await self._ready.wait()
+        if self.state != "runtime":
+            raise StackStopped(f"the stack is {self.state}")
+
+    async def stop(self, deadline_ms: int | None = None) -> None:
+        """RPC, then subsystems in reverse order, then reactors. Idempotent. ``deadline_ms`` is for all of it."""
+        if self._forked or self.state in ("stopping", "stopped"):
+            return
+        deadline = time.monotonic() + (self.stop_deadline_ms if deadline_ms is None else deadline_ms) / 1000
+        had_engine = self._engine is not None
+        self.state = "stopping"
+        for server in self._servers:
+            await server.stop(deadline_s=max(0.0, min(2.0, deadline - time.monotonic())))
+        for subsystem in reversed(self._started):
+            await self._stop_one(subsystem, deadline)
+        if had_engine:
+            left_ms = max(100, int((deadline - time.monotonic()) * 1000))
+            await self._stop_engine(left_ms)
+        self._ready.set()
+        self.state = "stopped"
+
+    async def _stop_one(self, subsystem: Subsystem, deadline: float) -> None:
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            await asyncio.wait_for(subsystem.stop(self, int(left * 1000)), left)
+        except TimeoutError:
+            logger.error("subsystem %s did not stop within %.1f s and is abandoned", subsystem.name, left)
+        except Exception:
+            logger.exception("subsystem %s failed to stop", subsystem.name)
+
+    async def _stop_engine(self, deadline_ms: int) -> None:
+        """engine.stop blocks: in a thread, so that replies to those who still wait are handed out meanwhile."""
+        assert self._bridge is not None
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._engine.stop, deadline_ms)
+        except OSError as error:
+            logger.error("the engine did not stop cleanly: %s", from_engine(error))
+        self._bridge.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "state", "new") in ("startup", "runtime") and not self._forked:
+            warnings.warn(f"qpair.Stack on cores {self.cores} was dropped while running; use 'async with' or await stop()", ResourceWarning, stacklevel=2)
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. `StackStopped` before start and after stop, `ForkedStack` in a forked child."""
+        self._check_alive()
+        engine: Engine = self._engine
+        return engine
+
+    @property
+    def bridge(self) -> Bridge:
+        """The engine's events on this loop."""
+        self._check_alive()
+        assert self._bridge is not None
+        return self._bridge
+
+    def _check_alive(self) -> None:
+        if self._forked:
+            raise ForkedStack(f"this stack belongs to process {os.getppid()}, of which this one is a fork; start a new stack")
+        if self._engine is None or self.state == "stopped":
+            raise StackStopped(f"the stack is {self.state}")
+
+    async def reactors(self) -> list[dict[str, Any]]:
+        """One dict a reactor, see ``Engine.reactors``: busy and idle time, sleeps, pollers. Asked in a thread, for it may wait 100 ms each."""
+        return await asyncio.get_running_loop().run_in_executor(None, self.engine.reactors)
+
+    async def load_config(self, path: str | os.PathLike[str]) -> None:
+        """Load a configuration file (SPDK's JSON format); `ConfigError` names the entry that was refused."""
+        from qpair.app.config import load, read
+        from qpair.app.rooms import load_rpc
+
+        load_rpc()
+        await load(self, read(path))
+
+    def save_config(self, path: str | os.PathLike[str]) -> None:
+        """Write the present configuration to ``path``, atomically."""
+        from qpair.app.config import save
+
+        save(self, path)
+
+    def config(self, subsystem: str) -> list[ConfigEntry]:
+        """The calls that recreate ``subsystem``: what inert methods said, then the room's own."""
+        owner = self._subsystems.get(subsystem)
+        if owner is None:
+            raise NoSuchDevice(f"no subsystem is named {subsystem!r:.80}")
+        return owner.config(self)
+
+    async def listen(self, address: str | None = None) -> RpcServer:
+        """Answer JSON-RPC on ``address`` (default /var/tmp/spdk.sock) until the stack stops or the server is stopped."""
+        from qpair.app.rooms import load_rpc
+        from qpair.rpc.server import DEFAULT_ADDRESS, RpcServer
+
+        load_rpc()
+        server = RpcServer(self, address or DEFAULT_ADDRESS)
+        await server.start()
+        self._servers.append(server)
+        return server
+
+    async def rpc(self, method: str, **params: Any) -> Any:
+        """Call a JSON-RPC method in process: ``await stack.rpc("bdev_get_bdevs", name="disk0")``."""
+        from qpair.app.rooms import load_rpc
+        from qpair.rpc.dispatch import call
+
+        load_rpc()
+        return await call(self, method, params or None)
+
+    # -- the short way ----------------------------------------------------------------------------
+
+    async def malloc(self, name: str, size: int | str, *, block_size: int = 512, uuid: str | None = None) -> BdevHandle:
+        """A bdev in memory. ``size``: bytes, or "64MiB"; a multiple of ``block_size``."""
+        return await self.bdevs.create_malloc(name, size, block_size=block_size, uuid=uuid)
+
+    async def null(self, name: str, size: int | str, *, block_size: int = 512, uuid: str | None = None) -> BdevHandle:
+        """A bdev that keeps nothing and reads as zeros."""
+        return await self.bdevs.create_null(name, size, block_size=block_size, uuid=uuid)
+
+    async def file(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        size: int | str | None = None,
+        block_size: int = 0,
+        readonly: bool = False,
+        uuid: str | None = None,
+    ) -> BdevHandle:
+        """A bdev on a file or block device. ``size`` creates the file, or grows it, first."""
+        return await self.bdevs.create_file(name, path, size=size, block_size=block_size, readonly=readonly, uuid=uuid)
+
+    async def add(self, bdev: Bdev) -> BdevHandle:
+        """Put a bdev written in Python (`qpair.Bdev`) on the stack."""
+        return await self.bdevs.add_python(bdev)
+
+    async def delete(self, bdev: str | BdevHandle, *, deadline_ms: int = 10_000) -> None:
+        """Stop new I/O, drain or abort what is in flight, remove."""
+        await self.bdevs.delete(_name(bdev), deadline_ms=deadline_ms)
+
+    async def open(self, bdev: str | BdevHandle, *, write: bool = True) -> OpenBdev:
+        """Open for I/O: ``async with await stack.open("disk0") as disk: await disk.read(0, 4096)``."""
+        return await self.bdevs.handle(_name(bdev)).open(write=write)
+
+    async def export(self, bdev: str | BdevHandle, socket: str | os.PathLike[str], **options: Any) -> Any:
+        """Serve ``bdev`` as a vhost-user-blk device on ``socket`` (relative: in ``vhost_dir``). Options: those of `qpair.vhost`."""
+        return await self.vhost.export(self, _name(bdev), os.fspath(socket), **options)
+
+    async def perf(self, bdev: str | BdevHandle, **options: Any) -> PerfRun:
+        """Start a load on ``bdev``; the run gives snapshots and its result. Options: see `qpair.bdev.perf.start`."""
+        from qpair.bdev.perf import start
+
+        return start(self, _name(bdev), **options)
+
+    async def measure(self, bdev: str | BdevHandle, **options: Any) -> PerfResult:
+        """As `perf`, and wait for the result."""
+        return await (await self.perf(bdev, **options)).result()
+
+    async def events(self) -> AsyncIterator[BdevEvent]:
+        """Bdevs that appear, go, change size or fail, as they do. The last 1024 are kept for a slow reader; then the oldest are dropped."""
+        queue: asyncio.Queue[BdevEvent] = asyncio.Queue(EVENTS_KEPT)
+
+        def put(event: BdevEvent) -> None:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(event)
+
+        stop = self.bridge.subscribe_bdev(put)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            stop()
+
+
+def _name(bdev: str | BdevHandle) -> str:
+    return bdev if isinstance(bdev, str) else bdev.name
+
+
+def _real_engine() -> EngineFactory:
+    from qpair._engine import Engine
+
+    return Engine
+
+
+_STACKS: weakref.WeakSet[Stack] = weakref.WeakSet()
+_ORPHANS: list[Any] = []
+
+
+def _after_fork_in_child() -> None:
+    """Reactor threads do not exist here: every stack is dead, and its engine is kept unfreed, for to free it would join them."""
+    for stack in tuple(_STACKS):
+        _ORPHANS.append((stack._engine, stack._bridge))
+        stack._forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

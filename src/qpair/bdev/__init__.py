@@ -1,0 +1,1 @@
+"""Block devices: what a user configures, opens, measures, and writes in Python."""

@@ -1,0 +1,147 @@
+"""Using a bdev from Python: a handle by name, and single I/Os on an open one.
+
+Offsets and lengths are bytes, multiples of the block size. A read gives ``bytes``; a write takes anything with the buffer protocol (bytes, memoryview, NumPy
+arrays), copied before the call returns. Single I/Os cross into the engine one by one: for load, use `qpair.bdev.perf`.
+
+Errors: `InvalidArgument` names an offset or length that is no multiple of the block size or past the end; `ReadOnly`; `IoFailed`; `NoSuchBdev`; `StackStopped`.
+Limits: one I/O up to 1 MiB on the wire; longer reads and writes are cut into such pieces, so they are not atomic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from qpair.errors import InvalidArgument, StackStopped, from_engine
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from qpair.app.stack import Stack
+    from qpair.bdev.model import BdevInfo
+
+__all__ = ["BdevHandle", "OpenBdev"]
+
+PIECE_BYTES = 1 << 20
+Op = Literal["read", "write", "flush", "unmap", "write_zeroes", "reset"]
+
+
+class BdevHandle:
+    """A bdev by name. It holds nothing open; ``info`` asks the engine each time."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        self._stack = stack
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<bdev {self.name!r}>"
+
+    @property
+    def info(self) -> BdevInfo:
+        """Geometry and state now; `NoSuchBdev` once it is gone."""
+        return self._stack.bdevs.info(self.name)
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size now, in bytes."""
+        return self.info.size_bytes
+
+    async def open(self, *, write: bool = True) -> OpenBdev:
+        """A descriptor for I/O. Use ``async with``, or ``close`` it."""
+        try:
+            token = self._stack.engine.bdev_open(self.name, write=write)
+        except OSError as error:
+            raise from_engine(error) from error
+        descriptor: int = await self._stack.bridge.call(token, unclaimed=self._stack.engine.bdev_close)
+        return OpenBdev(self._stack, self.name, descriptor, self.info.block_size)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Open, read once, close."""
+        async with await self.open(write=False) as disk:
+            return await disk.read(offset, length)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Open, write once, close."""
+        async with await self.open() as disk:
+            await disk.write(offset, data)
+
+    async def resize(self, size: int | str) -> None:
+        """Change its size, where its kind can."""
+        await self._stack.bdevs.resize(self.name, size)
+
+    async def delete(self) -> None:
+        """Remove it from the stack."""
+        await self._stack.bdevs.delete(self.name)
+
+
+class OpenBdev:
+    """One open descriptor. Methods may be awaited concurrently; nothing but ``flush`` orders them."""
+
+    def __init__(self, stack: Stack, name: str, descriptor: int, block_size: int) -> None:
+        self._stack = stack
+        self._descriptor: int | None = descriptor
+        self.name = name
+        self.block_size = block_size
+
+    async def __aenter__(self) -> OpenBdev:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``."""
+        first, blocks = self._blocks(offset, length)
+        pieces = [await self._io("read", at, count) for at, count in self._pieces(first, blocks)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """All of ``data`` at ``offset``."""
+        view = memoryview(data).cast("B")
+        first, blocks = self._blocks(offset, view.nbytes)
+        for at, count in self._pieces(first, blocks):
+            start = (at - first) * self.block_size
+            await self._io("write", at, count, view[start : start + count * self.block_size])
+
+    async def flush(self) -> None:
+        """Return when every write completed before this call is durable."""
+        await self._io("flush")
+
+    async def unmap(self, offset: int, length: int) -> None:
+        """Discard: the range may read as zeros or as before."""
+        await self._io("unmap", *self._blocks(offset, length))
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """The range reads as zeros afterwards."""
+        await self._io("write_zeroes", *self._blocks(offset, length))
+
+    async def reset(self) -> None:
+        """Abort what is in flight on the whole bdev."""
+        await self._io("reset")
+
+    async def close(self) -> None:
+        """Give the descriptor back. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None and self._stack.state in ("startup", "runtime"):
+            await self._stack.bridge.call(self._stack.engine.bdev_close(descriptor))
+
+    def _blocks(self, offset: int, length: int) -> tuple[int, int]:
+        for what, value in (("offset", offset), ("length", length)):
+            if value < 0 or value % self.block_size:
+                raise InvalidArgument(f"bdev {self.name!r}: {what} {value} is no multiple of the block size {self.block_size}")
+        if length == 0:
+            raise InvalidArgument(f"bdev {self.name!r}: length is 0")
+        return offset // self.block_size, length // self.block_size
+
+    def _pieces(self, first: int, blocks: int) -> list[tuple[int, int]]:
+        step = max(1, PIECE_BYTES // self.block_size)
+        return [(at, min(step, first + blocks - at)) for at in range(first, first + blocks, step)]
+
+    async def _io(self, op: Op, offset_blocks: int = 0, num_blocks: int = 0, data: Any = None) -> bytes:
+        if self._descriptor is None:
+            raise StackStopped(f"bdev {self.name!r}: this descriptor is closed")
+        try:
+            token = self._stack.engine.bdev_io(self._descriptor, op, offset_blocks, num_blocks, data)
+        except OSError as error:
+            raise from_engine(error) from error
+        value: bytes = await self._stack.bridge.call(token)
+        return value

@@ -1,0 +1,380 @@
+"""The bdevs of one stack: creating, finding, resizing and deleting them, and what a saved configuration says of them.
+
+How it works: the engine holds the bdevs; this room holds how each was made, so that it can be made again. A record goes when the engine says that
+its bdev is removed. A kind of bdev that another room makes (virtio) registers a `BdevModule`.
+
+Errors: `NoSuchBdev`, `AlreadyExists`, `Busy` (claimed), `InvalidArgument` (geometry), `NoSuchFile`; each names the bdev and the field.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from qpair.app.sizes import parse_size
+from qpair.app.subsystems import ConfigEntry, Subsystem
+from qpair.bdev.client import BdevHandle
+from qpair.bdev.model import BdevInfo, BdevModule
+from qpair.errors import InvalidArgument, NoSuchBdev, NoSuchDevice, from_engine, from_errno
+
+if TYPE_CHECKING:
+    from qpair._engine import BdevEvent
+    from qpair.app.stack import Stack
+    from qpair.bdev.python import Bdev, PythonBdevRunner
+
+__all__ = ["BdevSubsystem", "new_uuid"]
+
+BLOCK_SIZE_MAX = 1 << 20
+
+
+@dataclass(slots=True)
+class Record:
+    """How one bdev was made: the call, and what the file kinds show of it."""
+
+    method: str
+    params: dict[str, Any]
+    shown: dict[str, Any] = field(default_factory=dict)
+
+
+class SimpleModule:
+    """A kind of bdev whose configuration is one call a bdev."""
+
+    def __init__(self, room: BdevSubsystem, name: str, product_name: str, *, shows: str | None = None) -> None:
+        self.name = name
+        self.product_name = product_name
+        self._room = room
+        self._shows = shows
+
+    def driver_specific(self, info: BdevInfo) -> dict[str, Any]:
+        """``{"aio": {"filename": ...}}`` for file kinds, else nothing."""
+        record = self._room.records.get(info.name)
+        return {self._shows: record.shown} if self._shows is not None and record is not None else {}
+
+    def config(self, stack: Stack) -> list[ConfigEntry]:
+        """One call a bdev of this kind."""
+        prefix = f"bdev_{self.name}_"
+        return [
+            {"method": record.method, "params": record.params} for record in self._room.records.values() if record.method.startswith(prefix)
+        ]
+
+
+class BdevSubsystem(Subsystem):
+    """``stack.bdevs``."""
+
+    name = "bdev"
+    depends_on = ("accel", "keyring", "vmd", "sock", "iobuf")
+
+    def __init__(self) -> None:
+        self._stack: Stack | None = None
+        self.records: dict[str, Record] = {}
+        self._python: dict[str, PythonBdevRunner] = {}
+        self._changed: set[asyncio.Future[None]] = set()
+        self._modules: dict[str, BdevModule] = {}
+        for module in (
+            SimpleModule(self, "malloc", "Malloc disk"),
+            SimpleModule(self, "null", "Null disk"),
+            SimpleModule(self, "aio", "AIO disk", shows="aio"),
+            SimpleModule(self, "uring", "URING bdev", shows="uring"),
+            SimpleModule(self, "python", "Python disk"),
+        ):
+            self.register_module(module)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self, stack: Stack) -> None:
+        """Listen to the engine's bdev events."""
+        self._stack = stack
+        stack.bridge.subscribe_bdev(self._on_event)
+
+    async def stop(self, stack: Stack, deadline_ms: int) -> None:
+        """Python bdevs first (their requests need this loop); the engine takes the others with it when it stops."""
+        for name in tuple(self._python):
+            await self.delete(name, deadline_ms=deadline_ms)
+
+    def config(self, stack: Stack) -> list[ConfigEntry]:
+        entries = stack.inert.config(self.name)
+        for module in self._modules.values():
+            entries.extend(module.config(stack))
+        return [*entries, {"method": "bdev_wait_for_examine"}]
+
+    def register_module(self, module: BdevModule) -> None:
+        """Make another kind of bdev known; its name must be new."""
+        if module.name in self._modules:
+            raise ValueError(f"bdev module {module.name!r} is registered twice")
+        self._modules[module.name] = module
+
+    def _on_event(self, event: BdevEvent) -> None:
+        if event.kind == "removed":
+            self.records.pop(event.name, None)
+            if (runner := self._python.pop(event.name, None)) is not None:
+                runner.close()
+        for waiter in tuple(self._changed):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    @property
+    def stack(self) -> Stack:
+        """The stack, once started."""
+        if self._stack is None:
+            raise NoSuchDevice("the bdev subsystem has not started")
+        return self._stack
+
+    # -- finding ----------------------------------------------------------------------------------
+
+    def infos(self) -> list[BdevInfo]:
+        """All bdevs, in the engine's order."""
+        return [BdevInfo.of(raw) for raw in self.stack.engine.bdev_info()]
+
+    def info(self, name: str) -> BdevInfo:
+        """The bdev of that name, alias or UUID; `NoSuchBdev`."""
+        infos = self.infos()
+        for info in infos:
+            if info.name == name:
+                return info
+        for info in infos:
+            if name in info.aliases:
+                return info
+        raise NoSuchBdev(f"no bdev is named {name!r:.256}")
+
+    def module(self, info: BdevInfo) -> BdevModule | None:
+        """The kind of a bdev."""
+        return self._modules.get(info.module)
+
+    def handle(self, name: str) -> BdevHandle:
+        """A handle by name, alias or UUID; `NoSuchBdev`."""
+        return BdevHandle(self.stack, self.info(name).name)
+
+    async def wait_for(self, name: str, timeout_ms: int) -> BdevInfo:
+        """As `info`, but wait up to ``timeout_ms`` for it to appear."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_ms / 1000
+        while True:
+            try:
+                return self.info(name)
+            except NoSuchBdev:
+                left = deadline - loop.time()
+                if left <= 0:
+                    raise
+            waiter: asyncio.Future[None] = loop.create_future()
+            self._changed.add(waiter)
+            try:
+                await asyncio.wait([waiter], timeout=left)
+            finally:
+                self._changed.discard(waiter)
+
+    # -- making -----------------------------------------------------------------------------------
+
+    async def create_malloc(
+        self,
+        name: str | None,
+        size: int | str | None = None,
+        *,
+        num_blocks: int | None = None,
+        block_size: int = 512,
+        uuid: str | None = None,
+        physical_block_size: int = 0,
+        optimal_io_boundary: int = 0,
+    ) -> BdevHandle:
+        """A bdev in memory; without a name, "Malloc0" and so on."""
+        chosen = self._free_name("Malloc") if name is None else _checked_name(name)
+        blocks = _blocks(chosen, size, num_blocks, block_size)
+        unique = uuid or new_uuid()
+        await self._call(
+            "bdev_malloc_create",
+            chosen,
+            num_blocks=blocks,
+            block_size=block_size,
+            physical_block_size=physical_block_size,
+            uuid=unique,
+            optimal_io_boundary=optimal_io_boundary,
+        )
+        params = {
+            "name": chosen,
+            "num_blocks": blocks,
+            "block_size": block_size,
+            "physical_block_size": physical_block_size or block_size,
+            "uuid": unique,
+            "optimal_io_boundary": optimal_io_boundary,
+        }
+        return self._record(chosen, Record("bdev_malloc_create", params))
+
+    async def create_null(
+        self,
+        name: str,
+        size: int | str | None = None,
+        *,
+        num_blocks: int | None = None,
+        block_size: int = 512,
+        uuid: str | None = None,
+        physical_block_size: int = 0,
+    ) -> BdevHandle:
+        """A bdev that keeps nothing."""
+        blocks = _blocks(_checked_name(name), size, num_blocks, block_size)
+        unique = uuid or new_uuid()
+        await self._call(
+            "bdev_null_create", name, num_blocks=blocks, block_size=block_size, uuid=unique, physical_block_size=physical_block_size
+        )
+        params = {
+            "name": name,
+            "num_blocks": blocks,
+            "block_size": block_size,
+            "physical_block_size": physical_block_size or block_size,
+            "uuid": unique,
+        }
+        return self._record(name, Record("bdev_null_create", params))
+
+    async def create_file(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        module: Literal["uring", "aio"] = "uring",
+        size: int | str | None = None,
+        block_size: int = 0,
+        readonly: bool = False,
+        fallocate: bool = False,
+        nowait: bool = False,
+        uuid: str | None = None,
+    ) -> BdevHandle:
+        """A bdev on a file or block device. ``size`` creates the file sparse, or grows it, first."""
+        filename = os.path.abspath(os.fspath(path))
+        _checked_name(name)
+        if size is not None:
+            _grow_file(filename, parse_size(size))
+        unique = uuid or new_uuid()
+        await self._call(
+            "bdev_file_create", name, filename, module=module, block_size=block_size, readonly=readonly, fallocate=fallocate, uuid=unique
+        )
+        params: dict[str, Any] = {"name": name, "filename": filename, "uuid": unique}
+        shown: dict[str, Any] = {"filename": filename}
+        if module == "aio":
+            params.update(readonly=readonly, fallocate=fallocate, nowait=nowait)
+            shown.update(block_size_override=bool(block_size), readonly=readonly, fallocate=fallocate, nowait=nowait)
+        if block_size:
+            params["block_size"] = block_size
+        return self._record(name, Record(f"bdev_{module}_create", params, shown))
+
+    async def add_python(self, bdev: Bdev) -> BdevHandle:
+        """Put a Python bdev on the stack and serve its requests on this loop."""
+        from qpair.bdev.python import PythonBdevRunner
+
+        _checked_name(bdev.name)
+        blocks = _blocks(bdev.name, bdev.size_bytes, None, bdev.block_size)
+        try:
+            ring = self.stack.engine.bdev_python_create(
+                bdev.name,
+                num_blocks=blocks,
+                block_size=bdev.block_size,
+                depth=bdev.depth,
+                max_io_bytes=bdev.max_io_bytes,
+                uuid=new_uuid(),
+                readonly=bdev.readonly,
+            )
+        except OSError as error:
+            raise from_engine(error) from error
+        self._python[bdev.name] = PythonBdevRunner(self.stack.bridge, ring, bdev)
+        return BdevHandle(self.stack, bdev.name)
+
+    def _record(self, name: str, record: Record) -> BdevHandle:
+        self.records[name] = record
+        return BdevHandle(self.stack, name)
+
+    def _free_name(self, prefix: str) -> str:
+        taken = {info.name for info in self.infos()}
+        return next(f"{prefix}{number}" for number in range(len(taken) + 1) if f"{prefix}{number}" not in taken)
+
+    # -- changing ---------------------------------------------------------------------------------
+
+    async def delete(self, name: str, *, module: str | None = None, deadline_ms: int = 10_000) -> None:
+        """Stop new I/O, drain or abort, remove. ``module``: refuse another kind with `NoSuchBdev`, as SPDK's bdev_KIND_delete."""
+        info = self._of_kind(name, module)
+        await self._call("bdev_unregister", info.name, deadline_ms=deadline_ms)
+        self.records.pop(info.name, None)
+        if (runner := self._python.pop(info.name, None)) is not None:
+            await runner.finish()
+
+    async def resize(self, name: str, size: int | str, *, module: str | None = None) -> None:
+        """Grow or shrink to ``size`` bytes, a multiple of the block size."""
+        info = self._of_kind(name, module)
+        blocks = _blocks(info.name, size, None, info.block_size)
+        await self._call("bdev_resize", info.name, blocks)
+        if (record := self.records.get(info.name)) is not None and "num_blocks" in record.params:
+            record.params["num_blocks"] = blocks
+
+    async def rescan(self, name: str, *, module: str | None = None) -> None:
+        """Take the size that the file has now."""
+        info = self._of_kind(name, module)
+        if info.path is None:
+            raise InvalidArgument(f"bdev {info.name!r} is no file: there is nothing to scan")
+        try:
+            with open(info.path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise from_errno(error.errno or 5, f"bdev {info.name!r}: {info.path}: {error.strerror}") from error
+        blocks = size // info.block_size
+        if blocks != info.num_blocks:
+            await self._call("bdev_resize", info.name, blocks)
+
+    async def iostat(self, name: str | None = None, *, reset: bool = False) -> list[dict[str, Any]]:
+        """The engine's counters, one dict a bdev, see ``Engine.bdev_iostat``."""
+        value: list[dict[str, Any]] = await self._call("bdev_iostat", name, reset=reset)
+        return value
+
+    async def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        try:
+            token = getattr(self.stack.engine, method)(*args, **options)
+        except OSError as error:
+            raise from_engine(error) from error
+        return await self.stack.bridge.call(token)
+
+    def _of_kind(self, name: str, module: str | None) -> BdevInfo:
+        info = self.info(name)
+        if module is not None and info.module != module:
+            raise NoSuchBdev(f"bdev {info.name!r} is of module {info.module}, not {module}")
+        return info
+
+
+def new_uuid() -> str:
+    """A random UUID (version 4). By hand: the module of that name costs its import at every start."""
+    raw = bytearray(os.urandom(16))
+    raw[6] = raw[6] & 0x0F | 0x40
+    raw[8] = raw[8] & 0x3F | 0x80
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def _checked_name(name: str) -> str:
+    if not name or len(name) > 255 or not name.isprintable():
+        raise InvalidArgument(f"bdev name {name!r:.80}: 1 to 255 printable characters")
+    return name
+
+
+def _blocks(name: str, size: int | str | None, num_blocks: int | None, block_size: int) -> int:
+    """The number of blocks, from either."""
+    if not 0 < block_size <= BLOCK_SIZE_MAX:
+        raise InvalidArgument(f"bdev {name!r}: block_size {block_size} is not from 1 to {BLOCK_SIZE_MAX}")
+    if num_blocks is None:
+        if size is None:
+            raise InvalidArgument(f"bdev {name!r}: give a size")
+        num_blocks, rest = divmod(parse_size(size), block_size)
+        if rest:
+            raise InvalidArgument(f"bdev {name!r}: size {size} is no multiple of block_size {block_size}")
+    if num_blocks <= 0:
+        raise InvalidArgument(f"bdev {name!r}: it would have {num_blocks} blocks; at least 1")
+    if num_blocks > (2**63 - 1) // block_size:
+        raise InvalidArgument(f"bdev {name!r}: {num_blocks} blocks of {block_size} bytes are more than {2**63 - 1} bytes")
+    return num_blocks
+
+
+def _grow_file(path: str, size: int) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(descriptor).st_size < size:
+                os.ftruncate(descriptor, size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise from_errno(error.errno or 5, f"file {path}: {error.strerror}") from error

@@ -1,0 +1,279 @@
+"""JSON-RPC methods of block devices, as SPDK's public schema declares them.
+
+Not implemented, and refused by name when asked for: metadata and protection information (``md_size``, ``dif_type``), per-channel statistics.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from qpair.app.rpc import TICKS_A_SECOND
+from qpair.bdev.model import describe, iostat
+from qpair.errors import InvalidArgument, InvalidParameters, Unsupported
+from qpair.rpc.registry import Params, method
+from qpair.rpc.types import I32, U32, U64, ResetStatMode, Uuid
+
+if TYPE_CHECKING:
+    from qpair.app.stack import Stack
+
+NAMES_MAX = 1024
+TIMEOUT_MS_MAX = 86_400_000
+
+
+class GetBdevs(Params):
+    """``timeout`` in ms: wait so long for ``name`` to appear."""
+
+    name: str | None = None
+    timeout: U64 | None = None
+
+
+@method("bdev_get_bdevs", params=GetBdevs)
+async def bdev_get_bdevs(stack: Stack, params: GetBdevs) -> list[dict[str, Any]]:
+    """All bdevs, or one."""
+    if params.name is None:
+        infos = stack.bdevs.infos()
+    elif params.timeout:
+        if params.timeout > TIMEOUT_MS_MAX:
+            raise InvalidParameters(f"parameter 'timeout': {params.timeout} ms is past {TIMEOUT_MS_MAX}")
+        infos = [await stack.bdevs.wait_for(params.name, params.timeout)]
+    else:
+        infos = [stack.bdevs.info(params.name)]
+    return [describe(info, stack.bdevs.module(info)) for info in infos]
+
+
+class GetIostat(Params):
+    """``reset_mode``: what to reset after reading; "all" and "none" are known."""
+
+    names: list[str] | None = None
+    per_channel: bool | None = None
+    reset_mode: ResetStatMode | None = None
+
+
+@method("bdev_get_iostat", params=GetIostat)
+async def bdev_get_iostat(stack: Stack, params: GetIostat) -> dict[str, Any]:
+    """Counters and latency sums since creation or the last reset; ticks are nanoseconds."""
+    if params.per_channel:
+        raise Unsupported("parameter 'per_channel': statistics are kept a bdev, not a channel")
+    reset = _reset(params.reset_mode)
+    if params.names is None:
+        raw = await stack.bdevs.iostat(reset=reset)
+    else:
+        if len(params.names) > NAMES_MAX:
+            raise InvalidParameters(f"parameter 'names': {len(params.names)} names are more than {NAMES_MAX}")
+        found = [stack.bdevs.info(name).name for name in params.names]  # all of them exist before any is reset
+        raw = [entry for name in found for entry in await stack.bdevs.iostat(name, reset=reset)]
+    return {"tick_rate": TICKS_A_SECOND, "ticks": time.monotonic_ns(), "bdevs": [iostat(entry) for entry in raw]}
+
+
+class ResetIostat(Params):
+    """Without ``name``: all bdevs."""
+
+    name: str | None = None
+    mode: ResetStatMode | None = None
+
+
+@method("bdev_reset_iostat", params=ResetIostat)
+async def bdev_reset_iostat(stack: Stack, params: ResetIostat) -> bool:
+    """Set counters to zero."""
+    name = None if params.name is None else stack.bdevs.info(params.name).name
+    if _reset(params.mode or "all"):
+        await stack.bdevs.iostat(name, reset=True)
+    return True
+
+
+def _reset(mode: str | None) -> bool:
+    if mode in ("maxmin", "error"):
+        raise Unsupported(f"reset mode {mode!r}: counters are reset together ('all') or not ('none')")
+    return mode == "all"
+
+
+class Named(Params):
+    """One bdev by name."""
+
+    name: str
+
+
+@method("bdev_examine", params=Named)
+async def bdev_examine(stack: Stack, params: Named) -> bool:
+    """Look for layers on a bdev. No module here examines: it only has to exist."""
+    stack.bdevs.info(params.name)
+    return True
+
+
+@method("bdev_wait_for_examine")
+async def bdev_wait_for_examine(stack: Stack, params: None) -> bool:
+    """Answer when every bdev has been examined: at once."""
+    return True
+
+
+class MallocCreate(Params):
+    """``num_blocks`` of ``block_size`` bytes."""
+
+    block_size: U32
+    num_blocks: U64
+    name: str | None = None
+    uuid: Uuid | None = None
+    optimal_io_boundary: U32 | None = None
+    md_size: U32 | None = None
+    md_interleave: bool | None = None
+    dif_type: I32 | None = None
+    dif_is_head_of_md: bool | None = None
+    physical_block_size: U32 | None = None
+    dif_pi_format: U32 | None = None
+    numa_id: I32 | None = None
+
+
+@method("bdev_malloc_create", params=MallocCreate)
+async def bdev_malloc_create(stack: Stack, params: MallocCreate) -> str:
+    """A bdev in memory; the answer is its name."""
+    _no_metadata(params.md_size, params.dif_type)
+    handle = await stack.bdevs.create_malloc(
+        params.name,
+        num_blocks=params.num_blocks,
+        block_size=params.block_size,
+        uuid=params.uuid,
+        physical_block_size=params.physical_block_size or 0,
+        optimal_io_boundary=params.optimal_io_boundary or 0,
+    )
+    return handle.name
+
+
+class NullCreate(Params):
+    """``num_blocks`` of ``block_size`` bytes. The preferred_* and optimal_* hints are accepted."""
+
+    name: str
+    block_size: U32
+    num_blocks: U64
+    uuid: Uuid | None = None
+    physical_block_size: U32 | None = None
+    md_size: U32 | None = None
+    dif_type: I32 | None = None
+    dif_pi_format: U32 | None = None
+    dif_is_head_of_md: bool | None = None
+    preferred_write_granularity: U32 | None = None
+    preferred_write_alignment: U32 | None = None
+    optimal_write_size: U32 | None = None
+    preferred_unmap_granularity: U32 | None = None
+    preferred_unmap_alignment: U32 | None = None
+
+
+@method("bdev_null_create", params=NullCreate)
+async def bdev_null_create(stack: Stack, params: NullCreate) -> str:
+    """A bdev that keeps nothing; the answer is its name."""
+    _no_metadata(params.md_size, params.dif_type)
+    handle = await stack.bdevs.create_null(
+        params.name,
+        num_blocks=params.num_blocks,
+        block_size=params.block_size,
+        uuid=params.uuid,
+        physical_block_size=params.physical_block_size or 0,
+    )
+    return handle.name
+
+
+class NullResize(Params):
+    """``new_size`` in MiB."""
+
+    name: str
+    new_size: U64
+
+
+@method("bdev_null_resize", params=NullResize)
+async def bdev_null_resize(stack: Stack, params: NullResize) -> bool:
+    """Change its size. Unlike SPDK's, it may shrink."""
+    await stack.bdevs.resize(params.name, params.new_size << 20, module="null")
+    return True
+
+
+class AioCreate(Params):
+    """``block_size`` 0 or absent: the file's own."""
+
+    name: str
+    filename: str
+    block_size: U32 | None = None
+    readonly: bool | None = None
+    fallocate: bool | None = None
+    uuid: Uuid | None = None
+    nowait: bool | None = None
+
+
+@method("bdev_aio_create", params=AioCreate)
+async def bdev_aio_create(stack: Stack, params: AioCreate) -> str:
+    """A bdev on a file or block device; the answer is its name."""
+    handle = await stack.bdevs.create_file(
+        params.name,
+        params.filename,
+        module="aio",
+        block_size=params.block_size or 0,
+        readonly=bool(params.readonly),
+        fallocate=bool(params.fallocate),
+        nowait=bool(params.nowait),
+        uuid=params.uuid,
+    )
+    return handle.name
+
+
+class UringCreate(Params):
+    """``block_size`` 0 or absent: the file's own."""
+
+    filename: str
+    name: str
+    block_size: U32 | None = None
+    uuid: Uuid | None = None
+
+
+@method("bdev_uring_create", params=UringCreate)
+async def bdev_uring_create(stack: Stack, params: UringCreate) -> str:
+    """A bdev on a file or block device; the answer is its name."""
+    handle = await stack.bdevs.create_file(params.name, params.filename, block_size=params.block_size or 0, uuid=params.uuid)
+    return handle.name
+
+
+@method("bdev_malloc_delete", params=Named)
+async def bdev_malloc_delete(stack: Stack, params: Named) -> bool:
+    """Remove a malloc bdev; its contents are gone."""
+    await stack.bdevs.delete(params.name, module="malloc")
+    return True
+
+
+@method("bdev_null_delete", params=Named)
+async def bdev_null_delete(stack: Stack, params: Named) -> bool:
+    """Remove a null bdev."""
+    await stack.bdevs.delete(params.name, module="null")
+    return True
+
+
+@method("bdev_aio_delete", params=Named)
+async def bdev_aio_delete(stack: Stack, params: Named) -> bool:
+    """Remove an aio bdev; its file stays."""
+    await stack.bdevs.delete(params.name, module="aio")
+    return True
+
+
+@method("bdev_uring_delete", params=Named)
+async def bdev_uring_delete(stack: Stack, params: Named) -> bool:
+    """Remove a uring bdev; its file stays."""
+    await stack.bdevs.delete(params.name, module="uring")
+    return True
+
+
+@method("bdev_aio_rescan", params=Named)
+async def bdev_aio_rescan(stack: Stack, params: Named) -> bool:
+    """Take the file's present size."""
+    await stack.bdevs.rescan(params.name, module="aio")
+    return True
+
+
+@method("bdev_uring_rescan", params=Named)
+async def bdev_uring_rescan(stack: Stack, params: Named) -> bool:
+    """Take the file's present size."""
+    await stack.bdevs.rescan(params.name, module="uring")
+    return True
+
+
+def _no_metadata(md_size: int | None, dif_type: int | None) -> None:
+    if md_size:
+        raise InvalidArgument(f"parameter 'md_size': {md_size}; metadata is not supported, the limit is 0")
+    if dif_type:
+        raise InvalidArgument(f"parameter 'dif_type': {dif_type}; protection information is not supported, the limit is 0")
