@@ -1,7 +1,8 @@
 """Boots the Linux guest under emulation, runs jobs in it and brings back what it said.
 
 A *job* is a shell script that runs as root in the guest; several can share one boot. A job says results by
-``say KEY VALUE`` (a function that every job has), which `Outcome.values` collects as ``{"job:key": value}``.
+``say KEY VALUE`` (a function that every job has), which `Outcome.values` collects as ``{"job:key": value}``. A job that
+calls ``pause`` prints GUEST-PAUSED and waits for `RunningGuest.resume`, so that a test can look at the other side meanwhile.
 Files appear in ``/job/``. The root disk is ``/dev/vda``; disks that `qemu_args` bring follow it.
 
 The guest's memory is a shared memfd called ``mem``, as vhost-user and vfio-user need it. Under user-mode networking
@@ -33,11 +34,16 @@ KERNEL_COMMAND_LINE = (
 )
 # How long QEMU may take to end after it was asked to.
 KILL_AFTER_S = 5
+# What timeout(1) exits with when it had to end the guest.
+TIMED_OUT = 124
 _SAID = re.compile(r"^SAY (\S+) ?(.*)$")
 _JOB = re.compile(r"^GUEST-JOB (\S+)$")
 _JOB_RC = re.compile(r"^GUEST-JOB-RC (\S+)=(\d+)$")
 _RC = re.compile(r"^GUEST-RC=(\d+)$")
-PREAMBLE = 'set -eu -o pipefail\nsay() { echo "SAY $1 ${*:2}"; }\n'
+PREAMBLE = """set -eu -o pipefail
+say() { echo "SAY $1 ${*:2}"; }
+pause() { echo GUEST-PAUSED; read -r _ < /dev/console; }
+"""
 
 
 @dataclass
@@ -78,9 +84,14 @@ class RunningGuest:
         self._on_line = on_line
         self._started = time.monotonic()
         self._changed = threading.Condition()
+        self._gone = False
         self.outcome = Outcome()
         self._reader = threading.Thread(target=self._read, name="guest-console", daemon=True)
         self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -92,19 +103,30 @@ class RunningGuest:
                 self._changed.notify_all()
             if self._on_line:
                 self._on_line(line)
+        with self._changed:
+            self.outcome.elapsed_s = time.monotonic() - self._started
+            self._gone = True
+            self._changed.notify_all()
 
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
-        """Until the console holds `text`. `TimeoutError` otherwise, with what it held."""
+        """Until the console holds `text`. `TimeoutError` if it does not in time or the guest has gone, with what it held."""
         with self._changed:
-            if not self._changed.wait_for(lambda: text in self.outcome.console, timeout_s):
+            self._changed.wait_for(lambda: self._gone or text in self.outcome.console, timeout_s)
+            if text not in self.outcome.console:
                 raise TimeoutError(f"the guest did not say {text!r} within {timeout_s} s:\n{self.outcome.console[-4000:]}")
+
+    def resume(self) -> None:
+        """Lets a job that called ``pause`` go on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
 
     def wait(self) -> Outcome:
         """Until the guest is gone (its time limit sees to that)."""
-        status = self._process.wait()
+        self.outcome.timed_out = self._process.wait() == TIMED_OUT
         self._reader.join()
-        self.outcome.elapsed_s = time.monotonic() - self._started
-        self.outcome.timed_out = status == 124
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._scratch.cleanup()
         return self.outcome
 
@@ -159,7 +181,7 @@ class Guest:
         ]
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=self.environment,
