@@ -1,0 +1,258 @@
+"""The vhost-user-blk controllers of one stack: each a device of the engine, a listening socket and at most one front end.
+
+How it works: a controller's device lives in the engine (`Engine.vhost_blk_create`); this room listens for it and runs a `Session` a connection. One front end at a
+time: a second one, while the first lives, is disconnected at once, so that it fails loudly instead of hanging at start. One that
+comes while the first is leaving (QEMU that reconnects, or its successor) waits until the engine has drained the old session.
+
+Errors: `AlreadyExists` (the name), `NoSuchController`, `Busy` (a front end is connected; somebody listens on the socket), `InvalidArgument` (cpumask,
+transport, path), what the engine says of the bdev.
+
+Limits: one live session a controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from qpair.app.cores import parse_mask
+from qpair.app.subsystems import ConfigEntry, Subsystem
+from qpair.errors import AlreadyExists, Busy, InvalidArgument, NoSuchController, NoSuchDevice, from_engine
+from qpair.vhost.listener import Listener
+from qpair.vhost.model import TRANSPORT, Coalescing, VhostBlkController
+from qpair.vhost.session import Session
+from qpair.vhost.transport import Channel
+
+if TYPE_CHECKING:
+    from qpair.app.bridge import Bridge
+    from qpair.app.stack import Stack
+
+__all__ = ["ControllerServer", "VhostSubsystem"]
+
+COALESCING_DELAY_US_MAX = 1_000_000
+
+logger = logging.getLogger("qpair.vhost")
+
+
+class ControllerServer:
+    """The socket of one controller, from `start` to `stop`."""
+
+    def __init__(self, bridge: Bridge, controller: str, path: str) -> None:
+        self.controller = controller
+        self.session: Session | None = None
+        self._bridge = bridge
+        self._listener = Listener(path)
+        self._accepting: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Listen; the errors are those of `Listener.open`."""
+        self._listener.open()
+        self._accepting = asyncio.create_task(self._listener.run(self._accepted), name=f"vhost listener {self.controller}")
+
+    @property
+    def connected(self) -> bool:
+        """A front end is connected, or its session still drains."""
+        return self._running is not None and not self._running.done()
+
+    async def stop(self, reason: str) -> None:
+        """Accept no more, end the session, wait for its drain, remove the socket file."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait([self._accepting])
+        if self.session is not None and self._running is not None:
+            self.session.stop(reason)
+            await asyncio.wait([self._running])
+        self._listener.close()
+
+    async def _accepted(self, connection: socket.socket) -> None:
+        if self.connected:
+            assert self.session is not None
+            if not self.session.ending:
+                connection.close()
+                logger.warning("vhost %s: a second front end was disconnected: the limit is one at a time", self.controller)
+                return
+            assert self._running is not None
+            try:
+                await asyncio.wait([self._running])
+            except BaseException:
+                connection.close()
+                raise
+        self.session = Session(self._bridge, self.controller, Channel(connection))
+        self._running = asyncio.create_task(self.session.run(), name=f"vhost session {self.controller}")
+
+
+class VhostSubsystem(Subsystem):
+    """``stack.vhost``."""
+
+    name = "vhost_blk"
+    depends_on = ("bdev",)
+
+    def __init__(self) -> None:
+        self._stack: Stack | None = None
+        self._controllers: dict[str, VhostBlkController] = {}
+        self._servers: dict[str, ControllerServer] = {}
+        self._busy_names: set[str] = set()
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self, stack: Stack) -> None:
+        """Nothing listens until a controller is made."""
+        self._stack = stack
+
+    async def stop(self, stack: Stack, deadline_ms: int) -> None:
+        """Disconnect every front end and remove every controller, all at once."""
+        deadline = time.monotonic() + deadline_ms / 1000
+        names = list(self._controllers)
+        results = await asyncio.gather(*(self._remove(name, "the stack stops", deadline) for name in names), return_exceptions=True)
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, BaseException):
+                logger.error("vhost %s: not removed cleanly: %s", name, result)
+
+    def config(self, stack: Stack) -> list[ConfigEntry]:
+        entries: list[ConfigEntry] = list(stack.inert.config(self.name))
+        for controller in self._controllers.values():
+            if self.engine_info(controller.name)["bdev"]:
+                entries.extend(controller.config())
+        return entries
+
+    @property
+    def stack(self) -> Stack:
+        """The stack, once started."""
+        if self._stack is None:
+            raise NoSuchDevice("the vhost_blk subsystem has not started")
+        return self._stack
+
+    # -- finding ----------------------------------------------------------------------------------
+
+    def controllers(self) -> list[VhostBlkController]:
+        """All, in order of creation."""
+        return list(self._controllers.values())
+
+    def has(self, name: str) -> bool:
+        """A controller of that name exists."""
+        return self._key(name) in self._controllers
+
+    def controller(self, name: str) -> VhostBlkController:
+        """By name, or by its socket's path; `NoSuchController`."""
+        found = self._controllers.get(self._key(name))
+        if found is None:
+            raise NoSuchController(f"no vhost controller is named {name!r:.256}")
+        return found
+
+    def engine_info(self, name: str) -> dict[str, Any]:
+        """The engine's dict of one controller."""
+        return self.stack.engine.vhost_blk_info(self._key(name))[0]
+
+    def _key(self, name: str) -> str:
+        """A path inside the vhost directory names the same controller as its last part does, as SPDK has it."""
+        prefix = os.path.join(self.stack.vhost_dir, "")
+        return name.removeprefix(prefix)
+
+    # -- making -----------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        name: str,
+        bdev: str,
+        *,
+        cpumask: str | None = None,
+        reactors: Iterable[int] | None = None,
+        readonly: bool = False,
+        num_queues: int = 16,
+        packed_ring: bool = False,
+        transport: str = TRANSPORT,
+    ) -> VhostBlkController:
+        """Export ``bdev`` on the socket ``name`` (relative: in the vhost directory). ``cpumask``: "0x3" or "[0,1]"; default all reactors."""
+        stack = self.stack
+        if transport.lower() != TRANSPORT:
+            raise InvalidArgument(f"transport {transport!r:.64} is unknown, the only one is {TRANSPORT!r}")
+        key = self._key(name)
+        if not key or "\0" in key:
+            raise InvalidArgument(f"controller name {name!r:.64} is empty or holds a zero byte")
+        lcores = self._reactors(cpumask, reactors)
+        if key in self._controllers or key in self._busy_names:
+            raise AlreadyExists(f"a vhost controller is already named {key!r:.256}")
+        path = os.path.join(stack.vhost_dir, key)
+        controller = VhostBlkController(key, stack.bdevs.info(bdev).name, path, lcores, readonly, packed_ring, num_queues, self)
+        self._busy_names.add(key)
+        try:
+            await self._bring_up(controller)
+        finally:
+            self._busy_names.discard(key)
+        logger.info("vhost %s: bdev %s on %s", key, controller.bdev, path)
+        return controller
+
+    async def _bring_up(self, controller: VhostBlkController) -> None:
+        engine, bridge, name = self.stack.engine, self.stack.bridge, controller.name
+        try:
+            token = engine.vhost_blk_create(
+                name,
+                controller.bdev,
+                reactors=controller.reactors,
+                readonly=controller.readonly,
+                num_queues=controller.num_queues,
+                packed_ring=controller.packed_ring,
+            )
+        except OSError as error:
+            raise from_engine(error) from error
+
+        def undo(_: object) -> None:
+            bridge.call(engine.vhost_blk_delete(name))
+
+        await bridge.call(token, unclaimed=undo)
+        server = ControllerServer(bridge, name, controller.socket)
+        try:
+            server.start()
+        except BaseException:
+            await bridge.call(engine.vhost_blk_delete(name))
+            raise
+        self._controllers[name] = controller
+        self._servers[name] = server
+
+    def _reactors(self, cpumask: str | None, reactors: Iterable[int] | None) -> tuple[int, ...]:
+        stack = self.stack
+        if cpumask is not None and reactors is not None:
+            raise InvalidArgument("cpumask and reactors: give one of them")
+        chosen = parse_mask(cpumask) if cpumask is not None else sorted(set(reactors or stack.cores))
+        if outside := [core for core in chosen if core not in stack.cores]:
+            raise InvalidArgument(f"cpumask names core {outside[0]}, the stack's reactors run on {list(stack.cores)}")
+        return tuple(chosen)
+
+    async def export(self, stack: Stack, bdev: str, socket_path: str, **options: Any) -> VhostBlkController:
+        """What `Stack.export` calls. Options: ``cpumask, reactors, readonly, num_queues, packed_ring``."""
+        return await self.create(socket_path, bdev, **options)
+
+    async def delete(self, name: str, *, force: bool = False, deadline_ms: int = 10_000) -> None:
+        """Remove a controller. `Busy` with a front end connected, unless ``force``."""
+        controller = self.controller(name)
+        if not force and self._servers[controller.name].connected:
+            raise Busy(f"vhost controller {controller.name!r:.256}: a front end is connected")
+        await self._remove(controller.name, "the controller was deleted", time.monotonic() + deadline_ms / 1000)
+
+    async def _remove(self, name: str, reason: str, deadline: float) -> None:
+        server = self._servers.pop(name)
+        del self._controllers[name]
+        self._busy_names.add(name)
+        try:
+            await server.stop(reason)
+            left_ms = max(100, int((deadline - time.monotonic()) * 1000))
+            await self.stack.bridge.call(self.stack.engine.vhost_blk_delete(name, deadline_ms=left_ms))
+        finally:
+            self._busy_names.discard(name)
+
+    def set_coalescing(self, name: str, delay_base_us: int, iops_threshold: int) -> None:
+        """Remember SPDK's setting; the engine already interrupts once a batch."""
+        controller = self.controller(name)
+        if delay_base_us > COALESCING_DELAY_US_MAX:
+            raise InvalidArgument(f"delay_base_us is {delay_base_us}, the limit is {COALESCING_DELAY_US_MAX}")
+        if iops_threshold == 0:
+            raise InvalidArgument("iops_threshold is 0, it must be at least 1")
+        controller.coalescing = Coalescing(delay_base_us, iops_threshold)
+        if delay_base_us:
+            logger.warning("vhost %s: interrupt coalescing is remembered, without effect: interrupts come once a batch", controller.name)

@@ -1,0 +1,166 @@
+"""One connection of a front end: messages in order, each a call of the engine, each answered when the engine has.
+
+The vhost-user protocol; `qpair.vhost.protocol` holds its rules, this file moves bytes and waits.
+
+How it works: `Session.run` opens a session of the engine, then reads one message, has `BackendProtocol` check it, calls the engine, waits for
+its reply, answers, and only then reads the next. When the loop ends, for whatever reason, the engine's session is closed first (it drains every ring and lets
+go of all memory) and the socket after it, because a front end that sees the socket closed may give its memory to somebody else.
+
+Errors: none leave `run`. The end of a session is one line in the log: the peer left, the peer broke the protocol, the engine refused,
+the engine ended the session, or somebody stopped it.
+
+Limits: closing waits ``close_deadline_ms`` for requests in flight, then they are aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qpair.errors import QpairError, from_engine
+from qpair.vhost.framing import ProtocolError
+from qpair.vhost.protocol import BackendProtocol, Command, Refused
+from qpair.vhost.transport import Channel, close_all
+
+if TYPE_CHECKING:
+    from qpair._engine import SessionEvent
+    from qpair.app.bridge import Bridge
+
+__all__ = ["Session"]
+
+# These methods of the engine answer at once; all others return a token.
+_IMMEDIATE = frozenset({"vhost_get_config"})
+
+logger = logging.getLogger("qpair.vhost")
+
+
+class Session:
+    """One connection to controller ``controller``. ``channel`` becomes the session's."""
+
+    def __init__(self, bridge: Bridge, controller: str, channel: Channel, *, close_deadline_ms: int = 10_000) -> None:
+        self.controller = controller
+        self.channel = channel
+        self.id: int | None = None
+        self.reason: str | None = None
+        """Why it ended; None while it lives."""
+        self._bridge = bridge
+        self._close_deadline_ms = close_deadline_ms
+        self._serving: asyncio.Task[None] | None = None
+        self._failed: str | None = None
+        self._stopped: str | None = None
+
+    @property
+    def ending(self) -> bool:
+        """It has ended, is ending, or will as soon as its task runs: a new connection need not be refused for it."""
+        return self.reason is not None or self._failed is not None or self._stopped is not None or self.channel.hung_up
+
+    def stop(self, reason: str) -> None:
+        """End it. `run` returns after the drain."""
+        self._stopped = reason
+        if self._serving is not None:
+            self._serving.cancel()
+
+    async def run(self) -> None:
+        """Serve until the end, then drain and close."""
+        unsubscribe = self._bridge.subscribe_session(self._on_event)
+        try:
+            self._serving = asyncio.create_task(self._serve(), name=f"vhost {self.controller}")
+            if self._stopped is not None:
+                self._serving.cancel()
+            await asyncio.wait([self._serving])
+            self._log_end(self._serving)
+            await self._close_engine_session()
+        finally:
+            unsubscribe()
+            if self._serving is not None:
+                self._serving.cancel()  # only if this task itself was cancelled is there anything to cancel
+            self.channel.close()
+
+    async def _serve(self) -> None:
+        engine = self._bridge.engine
+        try:
+            opening = engine.vhost_session_open(self.controller)
+            info = engine.vhost_blk_info(self.controller)[0]
+        except OSError as error:
+            raise from_engine(error) from error
+        self.id = await self._bridge.call(opening, unclaimed=self._abandon)
+        protocol = BackendProtocol(device_features=info["device_features"], num_queues=info["num_queues"])
+        logger.info("vhost %s: a front end connected (session %s)", self.controller, self.id)
+        while (received := await self.channel.receive()) is not None:
+            with received:
+                command = protocol.handle(received.frame)
+                logger.debug("vhost %s: %s", self.controller, command.message)
+                await self._answer(protocol, command)
+
+    async def _answer(self, protocol: BackendProtocol, command: Command) -> None:
+        try:
+            answer = protocol.answer(command, await self._execute(command))
+        except (QpairError, Refused) as error:
+            answer = protocol.refuse(command, error.errno)
+            if answer is None:
+                raise
+            logger.warning("vhost %s: %s refused: %s", self.controller, command.name, error)
+        if answer is not None:
+            try:
+                await self.channel.send(answer.data, answer.fds)
+            finally:
+                close_all(answer.fds)
+
+    async def _execute(self, command: Command) -> Any:
+        if command.call is None:
+            return None
+        try:
+            result = getattr(self._bridge.engine, command.call)(self.id, *command.args)
+        except OSError as error:
+            raise from_engine(error) from error
+        if command.call in _IMMEDIATE:
+            return result
+        unclaimed = _close_reply if command.call == "vhost_get_inflight_fd" else None
+        return await self._bridge.call(result, unclaimed=unclaimed)
+
+    async def _close_engine_session(self) -> None:
+        if self.id is None:
+            return
+        try:
+            await self._bridge.call(self._bridge.engine.vhost_session_close(self.id, deadline_ms=self._close_deadline_ms))
+        except (QpairError, OSError) as error:
+            logger.error("vhost %s: session %s did not close cleanly: %s", self.controller, self.id, error)
+
+    def _abandon(self, session: int) -> None:
+        """The engine opened a session whose task was cancelled meanwhile."""
+        self._bridge.call(self._bridge.engine.vhost_session_close(session, deadline_ms=self._close_deadline_ms))
+
+    def _on_event(self, event: SessionEvent) -> None:
+        if event.session != self.id:
+            return
+        if event.kind == "queue_failed":
+            logger.warning("vhost %s: queue %s failed: %s", self.controller, event.queue, event.reason)
+        else:
+            self._failed = event.reason
+            if self._serving is not None:
+                self._serving.cancel()
+
+    def _log_end(self, serving: asyncio.Task[None]) -> None:
+        error = None if serving.cancelled() else serving.exception()
+        level = logging.WARNING
+        if self._failed is not None:
+            self.reason = f"the engine ended it: {self._failed}"
+        elif self._stopped is not None:
+            self.reason, level = self._stopped, logging.INFO
+        elif error is None:
+            self.reason, level = "the front end left", logging.INFO
+        elif isinstance(error, ProtocolError):
+            self.reason = f"the front end broke the protocol: {error}"
+        elif isinstance(error, QpairError | Refused):
+            self.reason = f"refused: {error}"
+        elif isinstance(error, OSError):
+            self.reason = f"the connection failed: {error.strerror or error}"
+        else:
+            self.reason = f"internal error: {error!r}"
+            logger.error("vhost %s: internal error", self.controller, exc_info=error)
+        logger.log(level, "vhost %s: session %s ended: %s", self.controller, self.id, self.reason)
+
+
+def _close_reply(value: tuple[int, int, int]) -> None:
+    close_all(value[:1])
