@@ -1,0 +1,192 @@
+//! What a bdev module implements.
+
+use std::fmt;
+
+use qpair_reactor::Reactor;
+use uuid::Uuid;
+
+use crate::{BdevError, ChannelId, IoId, Layer, Op};
+
+/// A set of operations.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpSet(u32);
+
+impl OpSet {
+    /// Of these operations.
+    pub const fn of(ops: &[Op]) -> Self {
+        let mut bits = 0;
+        let mut i = 0;
+        while i < ops.len() {
+            bits |= 1 << ops[i] as u32;
+            i += 1;
+        }
+        Self(bits)
+    }
+
+    /// Whether `op` is in it.
+    #[inline]
+    pub const fn has(self, op: Op) -> bool {
+        self.0 & (1 << op as u32) != 0
+    }
+}
+
+impl fmt::Debug for OpSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OpSet({:#x})", self.0)
+    }
+}
+
+/// A device's geometry, limits and capabilities: an immutable snapshot. A change is a new one with a higher version.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// Unique in the registry.
+    pub name: String,
+    /// "malloc", "null", "uring" ...
+    pub module: &'static str,
+    /// Unique in the registry.
+    pub uuid: Uuid,
+    /// Bytes in a logical block: a power of two from 512 to 65536.
+    pub block_size: u32,
+    /// Bytes in a physical block.
+    pub physical_block_size: u32,
+    /// Size in logical blocks.
+    pub num_blocks: u64,
+    /// Writes come in multiples of so many blocks.
+    pub write_unit_blocks: u32,
+    /// An I/O should not cross a multiple of so many blocks; 0: no such boundary.
+    pub optimal_io_boundary: u32,
+    /// Whether the layer splits at that boundary.
+    pub split_on_boundary: bool,
+    /// Larger reads and writes are split; 0: no limit.
+    pub max_io_blocks: u32,
+    /// Larger unmaps and write-zeroes are split; 0: no limit.
+    pub max_unmap_blocks: u32,
+    /// Lists with more entries are split; 0: no limit.
+    pub max_segments: u32,
+    /// I/Os with the device at once, each channel; the rest wait in the layer. 0: no limit.
+    pub queue_depth: u32,
+    /// Bytes of metadata a block.
+    pub metadata_bytes: u32,
+    /// Refuses whatever changes it.
+    pub readonly: bool,
+    /// Has a volatile write cache: a flush means something.
+    pub write_cache: bool,
+    /// What the device does itself.
+    pub supported: OpSet,
+    /// The file behind it, if any.
+    pub path: Option<String>,
+    /// How many bdevs lie below it.
+    pub depth: u8,
+    /// Counts changes.
+    pub version: u64,
+}
+
+impl Info {
+    /// A plain readable and writable device, to be adjusted.
+    pub fn new(name: &str, module: &'static str, block_size: u32, num_blocks: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            module,
+            uuid: Uuid::new_v4(),
+            block_size,
+            physical_block_size: block_size,
+            num_blocks,
+            write_unit_blocks: 1,
+            optimal_io_boundary: 0,
+            split_on_boundary: false,
+            max_io_blocks: 0,
+            max_unmap_blocks: 0,
+            max_segments: 0,
+            queue_depth: 0,
+            metadata_bytes: 0,
+            readonly: false,
+            write_cache: false,
+            supported: OpSet::of(&[Op::Read, Op::Write, Op::Reset]),
+            path: None,
+            depth: 0,
+            version: 1,
+        }
+    }
+
+    /// Refuses a geometry that no layer could work with.
+    pub fn check(&self) -> Result<(), BdevError> {
+        if !self.block_size.is_power_of_two() || !(512..=65536).contains(&self.block_size) {
+            return Err(BdevError::invalid("block_size", self.block_size, "a power of two from 512 to 65536"));
+        }
+        let limit = (i64::MAX as u64) / u64::from(self.block_size);
+        if self.num_blocks == 0 || self.num_blocks > limit {
+            return Err(BdevError::invalid("num_blocks", self.num_blocks, format!("1 to {limit}")));
+        }
+        if self.name.is_empty() || self.name.len() > 255 {
+            return Err(BdevError::invalid("name", &self.name, "1 to 255 bytes"));
+        }
+        if self.physical_block_size < self.block_size || !self.physical_block_size.is_multiple_of(self.block_size) {
+            return Err(BdevError::invalid("physical_block_size", self.physical_block_size, "a multiple of block_size"));
+        }
+        Ok(())
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.num_blocks * u64::from(self.block_size)
+    }
+}
+
+/// A storage device, shared by all reactors. Dropped when removed and the last channel is gone.
+pub trait Device: Send + Sync {
+    /// Its snapshot when registered. Later ones live in the registry.
+    fn info(&self) -> Info;
+
+    /// Opens this reactor's way to it. `id` is what the layer will call it.
+    fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError>;
+
+    /// Whether channels want to be polled (they wait for something other than the reactor's driver).
+    fn polled(&self) -> bool {
+        false
+    }
+
+    /// Changes the size where the module can; called when all channels are quiet if it shrinks.
+    fn resize(&self, _num_blocks: u64) -> Result<(), BdevError> {
+        Err(BdevError::Unsupported(format!("{} cannot be resized", self.info().name)))
+    }
+}
+
+/// One reactor's way to a device. All calls come from that reactor.
+///
+/// Every I/O passed to `submit` is in range, supported and within the limits of [`Info`]; its list has exactly the bytes
+/// that its blocks need. Each must be completed once by [`Layer::complete`], in `submit` or later.
+pub trait Channel {
+    /// Starts a batch. What can be finished at once is; the rest is pending.
+    fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]);
+
+    /// The batch is over: ring doorbells. Called once after one or more `submit`s.
+    fn unplug(&mut self, _layer: &mut Layer, _reactor: &mut Reactor) {}
+
+    /// Looks for completions; returns how many things were done. Only for [`Device::polled`] ones.
+    fn poll(&mut self, _layer: &mut Layer, _reactor: &mut Reactor) -> usize {
+        0
+    }
+
+    /// See [`qpair_reactor::Poller::arm`].
+    fn arm(&mut self, _reactor: &mut Reactor) -> bool {
+        true
+    }
+
+    /// See [`qpair_reactor::Poller::disarm`].
+    fn disarm(&mut self, _reactor: &mut Reactor) {}
+
+    /// A driver operation of this channel is done.
+    fn done(&mut self, _layer: &mut Layer, _reactor: &mut Reactor, _value: u64, _result: i32) {}
+
+    /// I/Os that this channel passed on to the channels below are back.
+    fn completed(&mut self, _layer: &mut Layer, _reactor: &mut Reactor, _batch: &[IoId]) {}
+
+    /// Please finish this I/O soon. A hint.
+    fn abort(&mut self, _layer: &mut Layer, _reactor: &mut Reactor, _id: IoId) {}
+
+    /// All channels are quiet and a reset was asked for.
+    fn reset(&mut self, _layer: &mut Layer, _reactor: &mut Reactor) {}
+
+    /// The channel is about to be dropped; nothing is in flight.
+    fn close(&mut self, _layer: &mut Layer, _reactor: &mut Reactor) {}
+}

@@ -1,0 +1,285 @@
+//! One I/O, whole, and the slab it lives in.
+
+use bitflags::bitflags;
+use qpair_memory::SgList;
+use qpair_wire::nvme::Status;
+
+use crate::layer::{ChannelId, QueueId};
+
+/// How deep bdevs can be stacked: one frame for each layer that an I/O passes.
+pub const FRAMES_MAX: usize = 8;
+
+/// What an I/O does. Numbers are bit positions in [`crate::OpSet`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Op {
+    /// `blocks` at `lba` into the list.
+    Read,
+    /// `blocks` at `lba` from the list.
+    Write,
+    /// All writes completed before, on all channels, are on stable media.
+    Flush,
+    /// The range's content is no longer wanted (discard, deallocate).
+    Unmap,
+    /// The range reads as zeros.
+    WriteZeroes,
+    /// The device drops what it does, on all channels.
+    Reset,
+    /// Compare the range with the list.
+    Compare,
+    /// Compare with the list's first half, then write its second.
+    CompareAndWrite,
+    /// `blocks` from `source_lba` to `lba`.
+    Copy,
+    /// Borrow the device's own memory of a range.
+    ZcopyStart,
+    /// Give it back.
+    ZcopyEnd,
+    /// Append to the zone at `lba`; `result` is where.
+    ZoneAppend,
+    /// Zone management; action in `command`.
+    ZoneManagement,
+    /// Where data and holes are: `result` is the next data block.
+    SeekData,
+    /// As `SeekData`, for holes.
+    SeekHole,
+    /// The inline NVMe command, I/O set.
+    NvmeIo,
+    /// The inline NVMe command, admin set.
+    NvmeAdmin,
+    /// Verify the media.
+    Verify,
+    /// Make a range unreadable until written.
+    WriteUncorrectable,
+}
+
+bitflags! {
+    /// How an I/O is to be done.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct IoFlags: u16 {
+        /// On stable media when done.
+        const FUA = 1 << 0;
+        /// Write zeroes must keep the range allocated (virtio: no UNMAP flag).
+        const NO_UNMAP = 1 << 1;
+        /// Made by the layer itself out of a larger one.
+        const CHILD = 1 << 14;
+        /// Being done in parts.
+        const SPLIT = 1 << 15;
+    }
+}
+
+/// What a layer leaves on an I/O for its completion.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Frame {
+    /// Where the finished I/O is put.
+    pub queue: QueueId,
+    /// The channel it was submitted to; set by `submit`.
+    pub channel: ChannelId,
+    /// The submitter's own.
+    pub tag: u64,
+    /// The block address before this layer moved it.
+    pub lba: u64,
+    /// When it was submitted, reactor time.
+    pub submitted_ns: u64,
+}
+
+/// An I/O's name within its reactor: the slot, and which use of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct IoId {
+    index: u32,
+    generation: u32,
+}
+
+impl IoId {
+    /// As one number, for tags and completion values.
+    #[inline]
+    pub fn pack(self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.index)
+    }
+
+    /// The way back.
+    #[inline]
+    pub fn unpack(packed: u64) -> Self {
+        Self { index: packed as u32, generation: (packed >> 32) as u32 }
+    }
+
+    /// The slot: dense from 0, for tables beside the slab.
+    #[inline]
+    pub fn slot(self) -> usize {
+        self.index as usize
+    }
+}
+
+/// Where an I/O is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    Free,
+    /// With its front end.
+    Held,
+    /// In the layer, waiting for the device to have room or to resume.
+    Waiting,
+    /// With the device (or being split, or a reset under way).
+    Submitted,
+    /// On a completion queue.
+    Done,
+}
+
+/// One request from front end to device and back: the only such object.
+#[derive(Debug)]
+pub struct Io {
+    pub(crate) generation: u32,
+    pub(crate) state: State,
+    pub(crate) depth: u8,
+    /// What to do.
+    pub op: Op,
+    /// How.
+    pub flags: IoFlags,
+    /// How it ended.
+    pub status: Status,
+    /// Blocks the layer has already handed out as children.
+    pub(crate) split_blocks: u64,
+    /// Children under way.
+    pub(crate) split_pending: u32,
+    /// First block.
+    pub lba: u64,
+    /// How many blocks.
+    pub blocks: u64,
+    /// Append's address, seek's offset, a key-value command's length.
+    pub result: u64,
+    /// Data.
+    pub list: SgList,
+    pub(crate) frames: [Frame; FRAMES_MAX],
+    /// First block of a copy's source.
+    pub source_lba: u64,
+    /// Metadata.
+    pub metadata: SgList,
+    /// For [`Op::NvmeIo`] and [`Op::NvmeAdmin`].
+    pub command: [u8; 64],
+}
+
+impl Io {
+    fn vacant() -> Self {
+        Self {
+            generation: 0,
+            state: State::Free,
+            depth: 0,
+            op: Op::Read,
+            flags: IoFlags::empty(),
+            status: Status::SUCCESS,
+            split_blocks: 0,
+            split_pending: 0,
+            lba: 0,
+            blocks: 0,
+            result: 0,
+            list: SgList::new(),
+            frames: [Frame::default(); FRAMES_MAX],
+            source_lba: 0,
+            metadata: SgList::new(),
+            command: [0; 64],
+        }
+    }
+
+    /// The newest frame: the submitter's own. Panics if none was pushed, which is a bug of the submitter.
+    #[inline]
+    pub fn frame(&self) -> &Frame {
+        &self.frames[usize::from(self.depth) - 1]
+    }
+
+    #[inline]
+    pub(crate) fn frame_mut(&mut self) -> &mut Frame {
+        &mut self.frames[usize::from(self.depth) - 1]
+    }
+
+    /// Leaves a frame: a finished I/O goes to `queue` with `tag`. Depth is checked when bdevs are stacked.
+    #[inline]
+    pub fn push(&mut self, queue: QueueId, tag: u64) {
+        let frame = &mut self.frames[usize::from(self.depth)];
+        (frame.queue, frame.tag, frame.lba) = (queue, tag, self.lba);
+        self.depth += 1;
+    }
+
+    /// Takes the newest frame off, when its owner reaps the I/O.
+    #[inline]
+    pub fn pop(&mut self) -> Frame {
+        self.depth -= 1;
+        self.frames[usize::from(self.depth)]
+    }
+
+    /// Bytes in the list.
+    #[inline]
+    pub fn list_bytes(&self) -> u64 {
+        self.list.iter().map(|entry| u64::from(entry.length)).sum()
+    }
+}
+
+/// The I/Os of one reactor. Nothing here allocates after it was made.
+pub(crate) struct Slab {
+    ios: Vec<Io>,
+    free: Vec<u32>,
+}
+
+impl Slab {
+    pub(crate) fn new(count: u32) -> Self {
+        Self { ios: (0..count).map(|_| Io::vacant()).collect(), free: (0..count).rev().collect() }
+    }
+
+    /// Takes an I/O: last returned first, because that one is in the cache.
+    #[inline]
+    pub(crate) fn take(&mut self) -> Option<IoId> {
+        let index = self.free.pop()?;
+        let io = &mut self.ios[index as usize];
+        io.state = State::Held;
+        io.depth = 0;
+        io.flags = IoFlags::empty();
+        io.status = Status::SUCCESS;
+        io.result = 0;
+        Some(IoId { index, generation: io.generation })
+    }
+
+    #[inline]
+    pub(crate) fn give_back(&mut self, id: IoId) {
+        let io = self.get_mut(id);
+        assert!(io.state == State::Held, "I/O freed in state {:?}", io.state);
+        io.state = State::Free;
+        io.generation = io.generation.wrapping_add(1);
+        io.list.clear();
+        if !io.metadata.is_empty() {
+            io.metadata.clear();
+        }
+        self.free.push(id.index);
+    }
+
+    /// Panics on a stale name: whoever uses one has a bug, and its poller is poisoned for it.
+    #[inline]
+    pub(crate) fn get(&self, id: IoId) -> &Io {
+        let io = &self.ios[id.slot()];
+        assert!(io.generation == id.generation, "stale I/O name");
+        io
+    }
+
+    #[inline]
+    pub(crate) fn get_mut(&mut self, id: IoId) -> &mut Io {
+        let io = &mut self.ios[id.slot()];
+        assert!(io.generation == id.generation, "stale I/O name");
+        io
+    }
+
+    #[inline]
+    pub(crate) fn is_current(&self, id: IoId) -> bool {
+        self.ios.get(id.slot()).is_some_and(|io| io.generation == id.generation && io.state != State::Free)
+    }
+
+    /// The names of all I/Os in use.
+    pub(crate) fn names(&self) -> impl Iterator<Item = IoId> + '_ {
+        let used = self.ios.iter().enumerate().filter(|(_, io)| io.state != State::Free);
+        used.map(|(index, io)| IoId { index: index as u32, generation: io.generation })
+    }
+
+    pub(crate) fn free_count(&self) -> usize {
+        self.free.len()
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.ios.len()
+    }
+}

@@ -1,0 +1,236 @@
+//! Channels of one reactor: opening, pausing, closing, and the poller that drives each.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Weak;
+use std::sync::Arc;
+
+use qpair_reactor::{Poller, Reactor};
+
+use super::{ChannelState, Layer, Owner, Slot};
+use crate::{BdevError, Channel, ChannelId, Device, DeviceId, Info, Registry, Stats};
+
+/// Children reserved for splitting, for each channel whose device has limits.
+const CHILDREN: usize = 32;
+
+impl Layer {
+    /// This reactor's channel to a device, opened on first use and counted.
+    pub(crate) fn open_channel(
+        &mut self,
+        reactor: &mut Reactor,
+        registry: &Arc<Registry>,
+        device_id: DeviceId,
+        device: &Arc<dyn Device>,
+        info: &Arc<Info>,
+    ) -> Result<ChannelId, BdevError> {
+        if let Some(id) = self.by_device.get(&device_id)
+            && let Some(slot) = &mut self.slots[id.0 as usize]
+        {
+            slot.users += 1;
+            return Ok(*id);
+        }
+        let id = self.vacant_slot();
+        let children = self.reserve_children(info)?;
+        let poller = reactor.reserve_poller(format!("bdev_{}", info.name));
+        let split_queue = self.new_queue(Owner::Split(id));
+        self.slots[id.0 as usize] = Some(Slot {
+            device_id,
+            info: info.clone(),
+            registry: registry.clone(),
+            device: Some(device.clone()),
+            channel: None,
+            state: ChannelState::Open,
+            users: 1,
+            inflight: 0,
+            parents: 0,
+            waiting: VecDeque::new(),
+            splitting: VecDeque::new(),
+            children,
+            split_queue,
+            stats: Stats::default(),
+            when_quiet: Vec::new(),
+            poller,
+            plugged: false,
+            attention: false,
+        });
+        match device.open(reactor, self, id) {
+            Ok(channel) => {
+                if let Some(slot) = &mut self.slots[id.0 as usize] {
+                    slot.channel = Some(channel);
+                }
+                self.by_device.insert(device_id, id);
+                reactor.install_poller(poller, Box::new(ChannelPoller { layer: self.me.clone(), channel: id }));
+                Ok(id)
+            }
+            Err(error) => {
+                self.free_slot(reactor, id);
+                Err(error)
+            }
+        }
+    }
+
+    fn vacant_slot(&mut self) -> ChannelId {
+        let index = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        ChannelId(index as u32)
+    }
+
+    fn reserve_children(&mut self, info: &Info) -> Result<Vec<crate::IoId>, BdevError> {
+        use crate::Op;
+        let limited = info.max_io_blocks != 0 || info.max_segments != 0 || info.max_unmap_blocks != 0 || info.split_on_boundary;
+        let emulates = !info.supported.has(Op::WriteZeroes) && !info.readonly;
+        let count = if limited || emulates { CHILDREN } else { 0 };
+        let mut children = Vec::with_capacity(count);
+        while children.len() < count {
+            match self.ios.take() {
+                Some(id) => children.push(id),
+                None => {
+                    children.drain(..).for_each(|id| self.ios.give_back(id));
+                    return Err(BdevError::NoMemory(format!("{CHILDREN} I/Os to split those of {}", info.name)));
+                }
+            }
+        }
+        Ok(children)
+    }
+
+    /// One user less; the last one closes the channel when nothing is in flight any more.
+    pub fn close_channel(&mut self, reactor: &mut Reactor, id: ChannelId) {
+        let Some(slot) = self.slots.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        slot.users -= 1;
+        if slot.users > 0 {
+            return;
+        }
+        self.by_device.remove(&slot.device_id);
+        self.when_quiet(
+            id,
+            Box::new(move |layer, reactor| {
+                layer.drop_module(reactor, id);
+                layer.free_slot(reactor, id);
+            }),
+        );
+        self.settle(reactor);
+    }
+
+    /// Lets the module go; the slot stays for its users, and refuses.
+    pub(crate) fn drop_module(&mut self, reactor: &mut Reactor, id: ChannelId) {
+        let module = self.slots[id.0 as usize].as_mut().and_then(|slot| slot.channel.take());
+        if let Some(mut module) = module {
+            module.close(self, reactor);
+        }
+        if let Some(slot) = &mut self.slots[id.0 as usize] {
+            slot.device = None;
+        }
+    }
+
+    fn free_slot(&mut self, reactor: &mut Reactor, id: ChannelId) {
+        if let Some(slot) = self.slots[id.0 as usize].take() {
+            slot.children.into_iter().for_each(|child| self.ios.give_back(child));
+            slot.registry.book(slot.device_id, &slot.stats);
+            self.remove_queue(slot.split_queue);
+            reactor.remove_poller(slot.poller);
+        }
+    }
+
+    /// The channel of a device, if this reactor has one.
+    pub(crate) fn channel_of(&self, device: DeviceId) -> Option<ChannelId> {
+        self.by_device.get(&device).copied()
+    }
+
+    /// The snapshot that I/O is checked against now.
+    pub fn info(&self, id: ChannelId) -> Option<&Arc<Info>> {
+        self.slots.get(id.0 as usize)?.as_ref().map(|slot| &slot.info)
+    }
+
+    /// The poller that a driver operation of this channel is submitted for.
+    pub fn poller(&self, id: ChannelId) -> Option<qpair_reactor::PollerId> {
+        self.slots.get(id.0 as usize)?.as_ref().map(|slot| slot.poller)
+    }
+
+    /// Whether the channel takes no more I/O, because its device is going.
+    pub fn is_closed(&self, id: ChannelId) -> bool {
+        self.slots.get(id.0 as usize).and_then(Option::as_ref).is_none_or(|slot| slot.state == ChannelState::Closed)
+    }
+
+    /// The channel's counters.
+    pub(crate) fn stats_of(&mut self, id: ChannelId, reset: bool) -> Stats {
+        let Some(slot) = &mut self.slots[id.0 as usize] else { return Stats::default() };
+        if reset { std::mem::take(&mut slot.stats) } else { slot.stats }
+    }
+
+    /// New I/O waits from now on.
+    pub(crate) fn pause(&mut self, id: ChannelId) {
+        self.set_state(id, ChannelState::Paused);
+    }
+
+    /// Takes I/O again, by a new snapshot if there is one.
+    pub(crate) fn resume(&mut self, reactor: &mut Reactor, id: ChannelId, info: Option<Arc<Info>>) {
+        if let (Some(slot), Some(info)) = (&mut self.slots[id.0 as usize], info) {
+            slot.info = info;
+        }
+        self.set_state(id, ChannelState::Open);
+        self.settle(reactor);
+    }
+
+    /// New I/O fails from now on, and what waits too.
+    pub(crate) fn shut(&mut self, reactor: &mut Reactor, id: ChannelId) {
+        self.set_state(id, ChannelState::Closed);
+        self.settle(reactor);
+    }
+
+    fn set_state(&mut self, id: ChannelId, state: ChannelState) {
+        if let Some(slot) = &mut self.slots[id.0 as usize]
+            && slot.state != ChannelState::Closed
+        {
+            slot.state = state;
+        }
+        self.call_attention(id);
+    }
+
+    /// Gives the module a hint for each I/O it has.
+    pub(crate) fn abort_all(&mut self, reactor: &mut Reactor, id: ChannelId) {
+        for io in self.inflight_of(id) {
+            self.abort(reactor, io);
+        }
+        self.settle(reactor);
+    }
+}
+
+/// Drives a module that polls or uses the reactor's driver.
+struct ChannelPoller {
+    layer: Weak<RefCell<Layer>>,
+    channel: ChannelId,
+}
+
+impl ChannelPoller {
+    fn call<R: Default>(&self, reactor: &mut Reactor, call: impl FnOnce(&mut dyn Channel, &mut Layer, &mut Reactor) -> R) -> R {
+        let Some(layer) = self.layer.upgrade() else { return R::default() };
+        let mut layer = layer.borrow_mut();
+        layer.now_ns = reactor.now_ns();
+        let result = layer.with_channel(reactor, self.channel, call);
+        layer.settle(reactor);
+        result.unwrap_or_default()
+    }
+}
+
+impl Poller for ChannelPoller {
+    fn poll(&mut self, reactor: &mut Reactor) -> usize {
+        self.call(reactor, |module, layer, reactor| module.poll(layer, reactor))
+    }
+
+    fn arm(&mut self, reactor: &mut Reactor) -> bool {
+        // A channel that is gone has nothing to wait for.
+        let Some(layer) = self.layer.upgrade() else { return true };
+        let mut layer = layer.borrow_mut();
+        layer.with_channel(reactor, self.channel, |module, _, reactor| module.arm(reactor)).unwrap_or(true)
+    }
+
+    fn disarm(&mut self, reactor: &mut Reactor) {
+        self.call(reactor, |module, _, reactor| module.disarm(reactor));
+    }
+
+    fn done(&mut self, reactor: &mut Reactor, value: u64, result: i32) {
+        self.call(reactor, |module, layer, reactor| module.done(layer, reactor, value, result));
+    }
+}

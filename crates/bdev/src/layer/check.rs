@@ -1,0 +1,91 @@
+//! Is this I/O one that the device can do as it is? Ranges, sizes and abilities are checked here and nowhere else.
+
+use qpair_wire::nvme::Status;
+
+use crate::{Info, Io, IoFlags, Op};
+
+/// What becomes of an I/O.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Route {
+    /// To the device as it is.
+    Plain,
+    /// In parts.
+    Split,
+    /// By draining all channels.
+    Reset,
+    /// Not to the device at all.
+    Answer(Status),
+}
+
+/// The fast question for reads and writes; everything else takes [`route`].
+#[inline]
+pub(super) fn is_plain(info: &Info, io: &Io) -> bool {
+    let writes = io.op == Op::Write;
+    (writes || io.op == Op::Read)
+        && !(writes && info.readonly)
+        && io.blocks != 0
+        && io.lba < info.num_blocks
+        && io.blocks <= info.num_blocks - io.lba
+        && fits(info, io)
+        && io.list_bytes() == io.blocks << info.block_size.trailing_zeros()
+        && (!writes || info.write_unit_blocks == 1)
+}
+
+#[inline]
+fn fits(info: &Info, io: &Io) -> bool {
+    (info.max_io_blocks == 0 || io.blocks <= u64::from(info.max_io_blocks))
+        && (info.max_segments == 0 || io.list.len() <= info.max_segments as usize)
+        && (!info.split_on_boundary || io.flags.contains(IoFlags::CHILD) || !crosses(info, io))
+}
+
+fn crosses(info: &Info, io: &Io) -> bool {
+    let boundary = u64::from(info.optimal_io_boundary);
+    boundary != 0 && io.lba / boundary != (io.lba + io.blocks - 1) / boundary
+}
+
+/// The whole question.
+pub(super) fn route(info: &Info, io: &Io) -> Route {
+    let changes = matches!(
+        io.op,
+        Op::Write | Op::Unmap | Op::WriteZeroes | Op::CompareAndWrite | Op::Copy | Op::ZoneAppend | Op::ZoneManagement | Op::WriteUncorrectable
+    );
+    if changes && info.readonly {
+        return Route::Answer(Status::NAMESPACE_WRITE_PROTECTED);
+    }
+    match io.op {
+        Op::Reset => return Route::Reset,
+        Op::Flush if !info.write_cache => return Route::Answer(Status::SUCCESS),
+        Op::Flush | Op::NvmeIo | Op::NvmeAdmin if info.supported.has(io.op) => return Route::Plain,
+        Op::WriteZeroes if !info.supported.has(io.op) && info.supported.has(Op::Write) => {}
+        _ if !info.supported.has(io.op) => return Route::Answer(Status::INVALID_OPCODE),
+        _ => {}
+    }
+    if io.blocks == 0 {
+        return Route::Answer(Status::INVALID_FIELD);
+    }
+    if io.lba >= info.num_blocks || io.blocks > info.num_blocks - io.lba {
+        return Route::Answer(Status::LBA_OUT_OF_RANGE);
+    }
+    match io.op {
+        Op::Read | Op::Write => transfer(info, io),
+        Op::Unmap | Op::WriteZeroes => range(info, io),
+        _ => Route::Plain,
+    }
+}
+
+fn transfer(info: &Info, io: &Io) -> Route {
+    let unit = u64::from(info.write_unit_blocks);
+    if io.list_bytes() != io.blocks << info.block_size.trailing_zeros() {
+        return Route::Answer(Status::INVALID_FIELD);
+    }
+    if io.op == Op::Write && unit > 1 && (!io.lba.is_multiple_of(unit) || !io.blocks.is_multiple_of(unit)) {
+        return Route::Answer(Status::INVALID_FIELD);
+    }
+    if fits(info, io) { Route::Plain } else { Route::Split }
+}
+
+fn range(info: &Info, io: &Io) -> Route {
+    let emulated = !info.supported.has(io.op);
+    let limit = u64::from(info.max_unmap_blocks);
+    if emulated || (limit != 0 && io.blocks > limit) { Route::Split } else { Route::Plain }
+}

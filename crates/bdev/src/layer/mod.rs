@@ -1,0 +1,425 @@
+//! One reactor's side of the block-device layer: its I/Os, channels and completion queues.
+//!
+//! How it works. `submit` checks a batch, and passes what is plain straight to the channel. What must be split, wait
+//! for room or wait for a paused device takes the slow path. `complete` only books and queues; [`Layer::settle`] does
+//! what follows from completions (starts what waited, runs inner layers, tells drains that all is quiet) in a loop, never
+//! by recursion. Whoever reaps settles first.
+//!
+//! **Each I/O completes exactly once.** An I/O is in one state: held by its front end, waiting here, submitted, done.
+//! `submit` takes it from held; it leaves `submitted` only in `complete`, which asserts that state and the name's
+//! generation, so a second completion is a panic that poisons the module that did it and no second delivery. It gets
+//! there at least once because every path ends in `complete`: refusals in `submit`; waiting ones when room comes, when the
+//! device resumes, or when it closes; parents when their last child ends; those with a device by the device's
+//! contract, and when a module panics by [`Layer::poison`], which completes whatever it still had.
+
+mod channels;
+mod check;
+mod settle;
+mod split;
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use qpair_reactor::{LocalWaker, PollerId, Reactor};
+use qpair_wire::nvme::Status;
+
+use crate::io::{Slab, State};
+use crate::{Channel, lifecycle, Device, DeviceId, Frame, Info, Io, IoFlags, IoId, Registry, Stats};
+use check::Route;
+
+/// I/Os of a reactor unless configured.
+pub const IOS_DEFAULT: u32 = 2048;
+
+/// Names a channel of one reactor's layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct ChannelId(pub(crate) u32);
+
+/// Names a completion queue of one reactor's layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct QueueId(pub(crate) u32);
+
+/// Who reaps a completion queue.
+enum Owner {
+    FrontEnd(LocalWaker),
+    /// The layer: children of split I/Os.
+    Split(ChannelId),
+    /// A channel stacked on others.
+    Channel(ChannelId),
+    Nobody,
+}
+
+struct Queue {
+    entries: Vec<IoId>,
+    owner: Owner,
+}
+
+/// Whether a channel takes I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChannelState {
+    Open,
+    /// New I/O waits here.
+    Paused,
+    /// New I/O fails: the device is going or gone.
+    Closed,
+}
+
+type Then = Box<dyn FnOnce(&mut Layer, &mut Reactor)>;
+
+pub(crate) struct Slot {
+    pub(crate) device_id: DeviceId,
+    pub(crate) info: Arc<Info>,
+    pub(crate) registry: Arc<Registry>,
+    /// Gone once the device was removed; the slot stays until its last user closes it.
+    pub(crate) device: Option<Arc<dyn Device>>,
+    channel: Option<Box<dyn Channel>>,
+    state: ChannelState,
+    users: u32,
+    /// I/Os with the device.
+    inflight: u32,
+    /// Split I/Os not yet complete.
+    parents: u32,
+    waiting: VecDeque<IoId>,
+    splitting: VecDeque<IoId>,
+    children: Vec<IoId>,
+    split_queue: QueueId,
+    stats: Stats,
+    when_quiet: Vec<Then>,
+    poller: PollerId,
+    plugged: bool,
+    attention: bool,
+}
+
+impl Slot {
+    fn is_quiet(&self) -> bool {
+        self.inflight == 0 && self.parents == 0
+    }
+
+    #[inline]
+    fn room(&self) -> usize {
+        match self.info.queue_depth {
+            0 => usize::MAX,
+            depth => (depth as usize).saturating_sub(self.inflight as usize),
+        }
+    }
+}
+
+/// See the module's doc. One per reactor: [`Layer::of`].
+pub struct Layer {
+    me: Weak<RefCell<Layer>>,
+    ios: Slab,
+    slots: Vec<Option<Slot>>,
+    by_device: HashMap<DeviceId, ChannelId>,
+    queues: Vec<Queue>,
+    plugged: Vec<ChannelId>,
+    attention: Vec<ChannelId>,
+    inner_ready: Vec<QueueId>,
+    scratch: Vec<IoId>,
+    child_batch: Vec<IoId>,
+    now_ns: u64,
+}
+
+#[derive(Default)]
+struct Holder(RefCell<Option<Rc<RefCell<Layer>>>>);
+
+impl Layer {
+    /// The reactor's layer, made on first use with [`IOS_DEFAULT`] I/Os.
+    pub fn of(reactor: &mut Reactor) -> Rc<RefCell<Self>> {
+        Self::install(reactor, IOS_DEFAULT)
+    }
+
+    /// As [`of`](Self::of), with a count of I/Os for the first use.
+    pub fn install(reactor: &mut Reactor, ios: u32) -> Rc<RefCell<Self>> {
+        let holder = reactor.local::<Holder>();
+        holder.0.borrow_mut().get_or_insert_with(|| Rc::new_cyclic(|me| RefCell::new(Self::new(me.clone(), ios)))).clone()
+    }
+
+    fn new(me: Weak<RefCell<Self>>, ios: u32) -> Self {
+        Self {
+            me,
+            ios: Slab::new(ios),
+            slots: Vec::new(),
+            by_device: HashMap::new(),
+            queues: Vec::new(),
+            plugged: Vec::with_capacity(16),
+            attention: Vec::with_capacity(16),
+            inner_ready: Vec::with_capacity(16),
+            scratch: Vec::with_capacity(256),
+            child_batch: Vec::with_capacity(64),
+            now_ns: 0,
+        }
+    }
+
+    /// A completion queue for a front end; `waker` is woken when something comes.
+    pub fn add_queue(&mut self, waker: LocalWaker) -> QueueId {
+        self.new_queue(Owner::FrontEnd(waker))
+    }
+
+    /// A completion queue for a channel stacked on others: [`Channel::completed`] gets what comes.
+    pub fn add_inner_queue(&mut self, channel: ChannelId) -> QueueId {
+        self.new_queue(Owner::Channel(channel))
+    }
+
+    fn new_queue(&mut self, owner: Owner) -> QueueId {
+        let queue = Queue { entries: Vec::with_capacity(256), owner };
+        let free = self.queues.iter().position(|queue| matches!(queue.owner, Owner::Nobody) && queue.entries.is_empty());
+        let index = free.unwrap_or(self.queues.len());
+        match self.queues.get_mut(index) {
+            Some(place) => *place = queue,
+            None => self.queues.push(queue),
+        }
+        QueueId(index as u32)
+    }
+
+    /// Gives a queue up. Its owner has reaped everything it submitted.
+    pub fn remove_queue(&mut self, queue: QueueId) {
+        self.queues[queue.0 as usize].owner = Owner::Nobody;
+    }
+
+    /// Takes an I/O from the slab; None: all are in use, try again after some completed.
+    #[inline]
+    pub fn take(&mut self) -> Option<IoId> {
+        self.ios.take()
+    }
+
+    /// Returns an I/O to the slab, and its holds on memory.
+    #[inline]
+    pub fn give_back(&mut self, id: IoId) {
+        self.ios.give_back(id);
+    }
+
+    /// An I/O by name. Panics on a stale name.
+    #[inline]
+    pub fn io(&self, id: IoId) -> &Io {
+        self.ios.get(id)
+    }
+
+    /// An I/O by name, to be filled in or worked on.
+    #[inline]
+    pub fn io_mut(&mut self, id: IoId) -> &mut Io {
+        self.ios.get_mut(id)
+    }
+
+    /// Whether the name still means the same I/O.
+    #[inline]
+    pub fn is_current(&self, id: IoId) -> bool {
+        self.ios.is_current(id)
+    }
+
+    /// I/Os in the slab, and how many of them are free.
+    pub fn ios(&self) -> (usize, usize) {
+        (self.ios.count(), self.ios.free_count())
+    }
+
+    /// Submits I/Os that the caller holds, each with its frame pushed. They are the layer's until reaped.
+    #[inline]
+    pub fn submit(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
+        self.now_ns = reactor.now_ns();
+        if self.all_plain(channel, batch) {
+            self.dispatch(reactor, channel, batch);
+        } else {
+            self.submit_slowly(reactor, channel, batch);
+        }
+    }
+
+    /// The common case in one pass: the device takes I/O, has room, and every I/O fits as it is.
+    #[inline]
+    fn all_plain(&mut self, channel: ChannelId, batch: &[IoId]) -> bool {
+        let Some(slot) = self.slots.get_mut(channel.0 as usize).and_then(Option::as_mut) else { return false };
+        if slot.state != ChannelState::Open || !slot.waiting.is_empty() || slot.room() < batch.len() {
+            return false;
+        }
+        for id in batch {
+            let io = self.ios.get_mut(*id);
+            if io.state != State::Held || !check::is_plain(&slot.info, io) {
+                return false;
+            }
+        }
+        for id in batch {
+            let io = self.ios.get_mut(*id);
+            io.state = State::Submitted;
+            let frame = io.frame_mut();
+            (frame.channel, frame.submitted_ns) = (channel, self.now_ns);
+        }
+        slot.inflight += batch.len() as u32;
+        true
+    }
+
+    #[cold]
+    fn submit_slowly(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
+        let mut ready = std::mem::take(&mut self.scratch);
+        for &id in batch {
+            let io = self.ios.get_mut(id);
+            assert!(io.state == State::Held, "I/O submitted in state {:?}", io.state);
+            let frame = io.frame_mut();
+            (frame.channel, frame.submitted_ns) = (channel, self.now_ns);
+            self.route(reactor, channel, id, &mut ready);
+        }
+        if !ready.is_empty() {
+            self.dispatch(reactor, channel, &ready);
+            ready.clear();
+        }
+        self.scratch = ready;
+        self.pump_splits(reactor, channel);
+    }
+
+    /// Decides where one I/O goes. Those that go to the device now are added to `ready` and booked in flight.
+    fn route(&mut self, reactor: &Reactor, channel: ChannelId, id: IoId, ready: &mut Vec<IoId>) {
+        let io = self.ios.get_mut(id);
+        let Some(slot) = self.slots.get_mut(channel.0 as usize).and_then(Option::as_mut) else {
+            panic!("I/O submitted to a channel that was closed");
+        };
+        if slot.state == ChannelState::Closed {
+            return self.refuse(channel, id, Status::INVALID_NAMESPACE);
+        }
+        if slot.state == ChannelState::Paused || !slot.waiting.is_empty() {
+            io.state = State::Waiting;
+            slot.waiting.push_back(id);
+            return;
+        }
+        match check::route(&slot.info, io) {
+            Route::Plain if slot.room() == 0 => {
+                io.state = State::Waiting;
+                slot.waiting.push_back(id);
+            }
+            Route::Plain => {
+                io.state = State::Submitted;
+                slot.inflight += 1;
+                ready.push(id);
+            }
+            Route::Split => {
+                io.state = State::Submitted;
+                io.flags |= IoFlags::SPLIT;
+                (io.split_blocks, io.split_pending, io.status) = (0, 0, Status::SUCCESS);
+                slot.parents += 1;
+                slot.splitting.push_back(id);
+            }
+            Route::Reset => {
+                io.state = State::Submitted;
+                // Not in flight itself: it waits for all that is.
+                io.flags |= IoFlags::SPLIT;
+                lifecycle::reset(&slot.registry.clone(), slot.device_id, reactor.handle(), id);
+            }
+            Route::Answer(status) => self.refuse(channel, id, status),
+        }
+    }
+
+    /// Completes an I/O that the device never sees.
+    fn refuse(&mut self, channel: ChannelId, id: IoId, status: Status) {
+        self.ios.get_mut(id).state = State::Submitted;
+        if let Some(slot) = &mut self.slots[channel.0 as usize] {
+            slot.inflight += 1;
+        }
+        self.complete(id, status);
+    }
+
+    /// Passes I/Os that are booked in flight to their channel.
+    #[inline]
+    fn dispatch(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
+        self.with_channel(reactor, channel, |module, layer, reactor| module.submit(layer, reactor, batch));
+        if let Some(slot) = &mut self.slots[channel.0 as usize]
+            && !slot.plugged
+        {
+            slot.plugged = true;
+            self.plugged.push(channel);
+        }
+    }
+
+    /// Rings the doorbells of all channels that got something since the last time. Front ends call it after a batch.
+    #[inline]
+    pub fn unplug(&mut self, reactor: &mut Reactor) {
+        while let Some(channel) = self.plugged.pop() {
+            if let Some(slot) = &mut self.slots[channel.0 as usize] {
+                slot.plugged = false;
+                self.with_channel(reactor, channel, |module, layer, reactor| module.unplug(layer, reactor));
+            }
+        }
+    }
+
+    /// Ends an I/O: once, by the channel that has it. It goes to the queue of its newest frame.
+    #[inline]
+    pub fn complete(&mut self, id: IoId, status: Status) {
+        let io = self.ios.get_mut(id);
+        assert!(io.state == State::Submitted, "I/O completed in state {:?}", io.state);
+        io.state = State::Done;
+        io.status = status;
+        let Frame { queue, channel, submitted_ns, .. } = *io.frame();
+        if let Some(slot) = &mut self.slots[channel.0 as usize] {
+            if !io.flags.contains(IoFlags::SPLIT) {
+                slot.inflight -= 1;
+            }
+            if !io.flags.contains(IoFlags::CHILD) {
+                let bytes = io.blocks << slot.info.block_size.trailing_zeros();
+                slot.stats.book(io.op, bytes, self.now_ns.saturating_sub(submitted_ns), status.is_error());
+            }
+            let calm = slot.state == ChannelState::Open && slot.waiting.is_empty() && slot.splitting.is_empty();
+            if !calm && !slot.attention {
+                slot.attention = true;
+                self.attention.push(channel);
+            }
+        }
+        let place = &mut self.queues[queue.0 as usize];
+        place.entries.push(id);
+        match &place.owner {
+            Owner::FrontEnd(waker) => waker.wake(),
+            Owner::Nobody => {}
+            _ if place.entries.len() == 1 => self.inner_ready.push(queue),
+            _ => {}
+        }
+    }
+
+    /// As [`complete`](Self::complete) by errno (positive; 0 is success).
+    pub fn complete_errno(&mut self, id: IoId, errno: i32) {
+        self.complete(id, if errno == 0 { Status::SUCCESS } else { Status::from_errno(errno) });
+    }
+
+    /// Appends what has come to a front end's queue to `out`. Each is [`Layer::retrieve`]d next.
+    #[inline]
+    pub fn reap(&mut self, reactor: &mut Reactor, queue: QueueId, out: &mut Vec<IoId>) {
+        self.settle(reactor);
+        out.append(&mut self.queues[queue.0 as usize].entries);
+    }
+
+    /// Whether something waits in a front end's queue.
+    #[inline]
+    pub fn has_completions(&self, queue: QueueId) -> bool {
+        !self.queues[queue.0 as usize].entries.is_empty()
+    }
+
+    /// Takes a reaped I/O back: its owner holds it again, to look at, pass up, or give back.
+    #[inline]
+    pub fn retrieve(&mut self, id: IoId) -> Frame {
+        let io = self.ios.get_mut(id);
+        assert!(io.state == State::Done, "I/O retrieved in state {:?}", io.state);
+        io.state = State::Held;
+        io.flags.remove(IoFlags::SPLIT);
+        io.pop()
+    }
+
+    /// Asks for an early end of an I/O. One that waits here ends at once; one with its device ends when the device says.
+    pub fn abort(&mut self, reactor: &mut Reactor, id: IoId) {
+        if !self.ios.is_current(id) {
+            return;
+        }
+        let io = self.ios.get(id);
+        let channel = io.frame().channel;
+        match io.state {
+            State::Waiting => {
+                if let Some(slot) = &mut self.slots[channel.0 as usize] {
+                    slot.waiting.retain(|other| *other != id);
+                }
+                self.refuse(channel, id, Status::ABORT_REQUESTED);
+            }
+            State::Submitted if !io.flags.contains(IoFlags::SPLIT) => {
+                self.with_channel(reactor, channel, |module, layer, reactor| module.abort(layer, reactor, id));
+            }
+            _ => {}
+        }
+    }
+
+    /// The turn's time as the layer knows it.
+    pub fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+}

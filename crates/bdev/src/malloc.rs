@@ -1,0 +1,81 @@
+//! A disk in memory.
+//!
+//! Each reactor copies by itself: the bytes are shared, and overlapping I/O is the initiator's business, as with any
+//! disk. `submit` gets a batch so that the blocks of the next I/Os are on their way into the cache while one is copied.
+
+use std::sync::Arc;
+
+use qpair_memory::{Mapping, MemoryError, Pages, Region, copy_list};
+use qpair_reactor::Reactor;
+use qpair_wire::nvme::Status;
+use uuid::Uuid;
+
+use crate::{BdevError, Channel, ChannelId, Device, Info, Io, IoId, Layer, Op, OpSet};
+
+/// How many I/Os ahead the first lines of a block are fetched.
+const AHEAD: usize = 2;
+/// How many lines of 64 bytes are fetched ahead; the hardware follows from there.
+const LINES: u64 = 16;
+
+/// See the module's doc.
+pub struct Malloc {
+    info: Info,
+    memory: Arc<Mapping>,
+}
+
+impl Malloc {
+    /// Zeroed, on transparent hugepages where the kernel has them.
+    pub fn new(name: &str, block_size: u32, num_blocks: u64, uuid: Option<Uuid>, physical_block_size: u32, optimal_io_boundary: u32) -> Result<Self, BdevError> {
+        let mut info = Info::new(name, "malloc", block_size, num_blocks);
+        info.uuid = uuid.unwrap_or(info.uuid);
+        info.physical_block_size = block_size.max(physical_block_size);
+        info.optimal_io_boundary = optimal_io_boundary;
+        info.supported = OpSet::of(&[Op::Read, Op::Write, Op::WriteZeroes, Op::Unmap, Op::Reset]);
+        info.check()?;
+        let bytes = usize::try_from(info.bytes()).map_err(|_| BdevError::invalid("num_blocks", num_blocks, "what memory can hold"))?;
+        let memory = Mapping::anonymous(bytes, Pages::Transparent)?;
+        Ok(Self { info, memory })
+    }
+}
+
+impl Device for Malloc {
+    fn info(&self) -> Info {
+        self.info.clone()
+    }
+
+    fn open(&self, _: &mut Reactor, _: &mut Layer, _: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
+        Ok(Box::new(MallocChannel { memory: Region::new(self.memory.clone()), shift: self.info.block_size.trailing_zeros() }))
+    }
+}
+
+struct MallocChannel {
+    memory: Region,
+    shift: u32,
+}
+
+impl MallocChannel {
+    #[inline]
+    fn perform(&self, io: &Io) -> Result<(), MemoryError> {
+        let (offset, length) = (io.lba << self.shift, io.blocks << self.shift);
+        match io.op {
+            Op::Read => copy_list(&io.list, &self.memory, offset, length, true).map(drop),
+            Op::Write => copy_list(&io.list, &self.memory, offset, length, false).map(drop),
+            _ => self.memory.release(offset, length),
+        }
+    }
+}
+
+impl Channel for MallocChannel {
+    fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        for (position, id) in batch.iter().enumerate() {
+            if let Some(next) = batch.get(position + AHEAD) {
+                self.memory.prefetch(layer.io(*next).lba << self.shift, LINES);
+            }
+            let status = match self.perform(layer.io(*id)) {
+                Ok(()) => Status::SUCCESS,
+                Err(_) => Status::DATA_TRANSFER_ERROR,
+            };
+            layer.complete(*id, status);
+        }
+    }
+}

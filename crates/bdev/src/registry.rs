@@ -1,0 +1,348 @@
+//! The process's bdevs by name: register, look up, open, claim. Control plane: one lock, never taken per I/O.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use qpair_reactor::{Handle, Reactor};
+
+use crate::{BdevError, ChannelId, Device, Info, Layer, Stats};
+
+/// Names a device for the life of the registry; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceId(u64);
+
+/// What happened to a bdev.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// Registered.
+    Added(String),
+    /// Being removed: close it.
+    Removing(String),
+    /// Gone.
+    Removed(String),
+    /// Its size changed; the new snapshot is in force on every reactor.
+    Resized(String),
+}
+
+type Listener = Arc<dyn Fn(&Notice) + Send + Sync>;
+pub(crate) type Job = Box<dyn FnOnce(JobGuard) + Send>;
+
+struct Entry {
+    id: DeviceId,
+    device: Arc<dyn Device>,
+    info: Arc<Info>,
+    claimed_by: Option<String>,
+    removing: bool,
+    descriptors: BTreeMap<u64, Listener>,
+    gone_stats: Stats,
+    busy: bool,
+    jobs: VecDeque<Job>,
+}
+
+#[derive(Default)]
+struct Inner {
+    entries: BTreeMap<String, Entry>,
+    next: u64,
+    listener: Option<Listener>,
+}
+
+/// See the module's doc.
+pub struct Registry {
+    inner: Mutex<Inner>,
+    reactors: Vec<Handle>,
+}
+
+/// What a look-up tells beside the snapshot.
+#[derive(Clone, Debug)]
+pub struct Listing {
+    /// The snapshot in force.
+    pub info: Arc<Info>,
+    /// Who claimed it.
+    pub claimed_by: Option<String>,
+    /// On its way out.
+    pub removing: bool,
+    /// Descriptors open.
+    pub open_count: usize,
+}
+
+impl Registry {
+    /// For these reactors; the first is home to what needs one.
+    pub fn new(reactors: Vec<Handle>) -> Arc<Self> {
+        Arc::new(Self { inner: Mutex::default(), reactors })
+    }
+
+    /// The reactors that bdevs are used on.
+    pub fn reactors(&self) -> &[Handle] {
+        &self.reactors
+    }
+
+    /// Tells `listener` of everything that happens to any bdev, on whatever thread it happens.
+    pub fn listen(&self, listener: impl Fn(&Notice) + Send + Sync + 'static) {
+        self.lock().listener = Some(Arc::new(listener));
+    }
+
+    /// Adds a device under its name.
+    pub fn register(&self, device: Arc<dyn Device>) -> Result<DeviceId, BdevError> {
+        let info = device.info();
+        info.check()?;
+        let mut inner = self.lock();
+        if inner.entries.contains_key(&info.name) {
+            return Err(BdevError::Exists(info.name));
+        }
+        if let Some(other) = inner.entries.values().find(|entry| entry.info.uuid == info.uuid) {
+            return Err(BdevError::Exists(format!("{} has uuid {}", other.info.name, info.uuid)));
+        }
+        inner.next += 1;
+        let (id, name) = (DeviceId(inner.next), info.name.clone());
+        let entry = Entry {
+            id,
+            device,
+            info: Arc::new(info),
+            claimed_by: None,
+            removing: false,
+            descriptors: BTreeMap::new(),
+            gone_stats: Stats::default(),
+            busy: false,
+            jobs: VecDeque::new(),
+        };
+        inner.entries.insert(name.clone(), entry);
+        drop(inner);
+        self.tell(None, &Notice::Added(name));
+        Ok(id)
+    }
+
+    /// All bdevs, or the one of a name or UUID.
+    pub fn list(&self, name: Option<&str>) -> Result<Vec<Listing>, BdevError> {
+        let inner = self.lock();
+        let listing = |entry: &Entry| Listing {
+            info: entry.info.clone(),
+            claimed_by: entry.claimed_by.clone(),
+            removing: entry.removing,
+            open_count: entry.descriptors.len(),
+        };
+        match name {
+            None => Ok(inner.entries.values().map(listing).collect()),
+            Some(name) => Ok(vec![listing(inner.find(name)?)]),
+        }
+    }
+
+    /// Opens by name or UUID. `listener` hears what happens to this bdev, on whatever thread it happens.
+    pub fn open(self: &Arc<Self>, name: &str, write: bool, listener: impl Fn(&Notice) + Send + Sync + 'static) -> Result<Descriptor, BdevError> {
+        let mut inner = self.lock();
+        inner.next += 1;
+        let number = inner.next;
+        let entry = inner.find_mut(name)?;
+        if entry.removing {
+            return Err(BdevError::Removing(entry.info.name.clone()));
+        }
+        if write && let Some(owner) = &entry.claimed_by {
+            return Err(BdevError::Claimed { name: entry.info.name.clone(), owner: owner.clone() });
+        }
+        entry.descriptors.insert(number, Arc::new(listener));
+        Ok(Descriptor { registry: self.clone(), device: entry.id, number, name: entry.info.name.clone(), write })
+    }
+
+    /// Claims a bdev for a module: nobody else opens it for writing until it is released.
+    pub fn claim(&self, name: &str, owner: &str) -> Result<(), BdevError> {
+        let mut inner = self.lock();
+        let entry = inner.find_mut(name)?;
+        match &entry.claimed_by {
+            Some(holder) => Err(BdevError::Claimed { name: name.to_owned(), owner: holder.clone() }),
+            None if entry.removing => Err(BdevError::Removing(name.to_owned())),
+            None => {
+                entry.claimed_by = Some(owner.to_owned());
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives a claim up; a claim of somebody else's is refused.
+    pub fn release(&self, name: &str, owner: &str) -> Result<(), BdevError> {
+        let mut inner = self.lock();
+        let entry = inner.find_mut(name)?;
+        if entry.claimed_by.as_deref() != Some(owner) {
+            let holder = entry.claimed_by.clone().unwrap_or_else(|| "nobody".to_owned());
+            return Err(BdevError::Claimed { name: name.to_owned(), owner: holder });
+        }
+        entry.claimed_by = None;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Device, snapshot and name by id, unless it is gone.
+    pub(crate) fn get(&self, id: DeviceId) -> Option<(Arc<dyn Device>, Arc<Info>)> {
+        self.lock().by_id(id).map(|entry| (entry.device.clone(), entry.info.clone()))
+    }
+
+    /// Starts a removal: from now on it cannot be opened.
+    pub(crate) fn mark_removing(&self, name: &str) -> Result<DeviceId, BdevError> {
+        let mut inner = self.lock();
+        let entry = inner.find_mut(name)?;
+        if entry.removing {
+            return Err(BdevError::Removing(entry.info.name.clone()));
+        }
+        if let Some(owner) = &entry.claimed_by {
+            return Err(BdevError::Claimed { name: entry.info.name.clone(), owner: owner.clone() });
+        }
+        entry.removing = true;
+        let (id, name) = (entry.id, entry.info.name.clone());
+        drop(inner);
+        self.tell(Some(id), &Notice::Removing(name));
+        Ok(id)
+    }
+
+    /// Ends a removal.
+    pub(crate) fn forget(&self, id: DeviceId) {
+        let mut inner = self.lock();
+        let Some(name) = inner.by_id(id).map(|entry| entry.info.name.clone()) else { return };
+        let entry = inner.entries.remove(&name);
+        drop(inner);
+        // Dropped without the lock: a device may take its time, or call back.
+        drop(entry);
+        self.tell(None, &Notice::Removed(name));
+    }
+
+    /// The id of a bdev that is not on its way out.
+    pub(crate) fn live(&self, name: &str) -> Result<DeviceId, BdevError> {
+        let inner = self.lock();
+        let entry = inner.find(name)?;
+        if entry.removing { Err(BdevError::Removing(name.to_owned())) } else { Ok(entry.id) }
+    }
+
+    /// Puts a new size in force here; reactors follow by message.
+    pub(crate) fn resized(&self, id: DeviceId, num_blocks: u64) -> Option<Arc<Info>> {
+        let mut inner = self.lock();
+        let entry = inner.by_id(id)?;
+        let mut info = Info::clone(&entry.info);
+        (info.num_blocks, info.version) = (num_blocks, info.version + 1);
+        entry.info = Arc::new(info);
+        Some(entry.info.clone())
+    }
+
+    /// Runs `job` when no other job on this device is under way: resets, resizes and removal come one after the other.
+    /// False: the device is gone, and the job was dropped.
+    pub(crate) fn exclusive(self: &Arc<Self>, id: DeviceId, job: Job) -> bool {
+        let mut inner = self.lock();
+        let Some(entry) = inner.by_id(id) else { return false };
+        if entry.busy {
+            entry.jobs.push_back(job);
+            return true;
+        }
+        entry.busy = true;
+        drop(inner);
+        job(JobGuard { registry: self.clone(), device: id });
+        true
+    }
+
+    /// Keeps the counters of a channel that closed.
+    pub(crate) fn book(&self, id: DeviceId, stats: &Stats) {
+        if let Some(entry) = self.lock().by_id(id) {
+            entry.gone_stats.add(stats);
+        }
+    }
+
+    /// Counters of the channels that are gone; taken if `reset`.
+    pub(crate) fn gone_stats(&self, id: DeviceId, reset: bool) -> Stats {
+        let mut inner = self.lock();
+        let Some(entry) = inner.by_id(id) else { return Stats::default() };
+        if reset { std::mem::take(&mut entry.gone_stats) } else { entry.gone_stats }
+    }
+
+    /// Tells the process's listener, and those who have device `id` open.
+    pub(crate) fn tell(&self, id: Option<DeviceId>, notice: &Notice) {
+        let mut inner = self.lock();
+        let mut listeners: Vec<Listener> = inner.listener.iter().cloned().collect();
+        if let Some(entry) = id.and_then(|id| inner.by_id(id)) {
+            listeners.extend(entry.descriptors.values().cloned());
+        }
+        drop(inner);
+        listeners.iter().for_each(|listener| listener(notice));
+    }
+}
+
+impl Inner {
+    fn find(&self, name: &str) -> Result<&Entry, BdevError> {
+        let by_uuid = || self.entries.values().find(|entry| entry.info.uuid.to_string() == name);
+        self.entries.get(name).or_else(by_uuid).ok_or_else(|| BdevError::NoSuchBdev(name.to_owned()))
+    }
+
+    fn find_mut(&mut self, name: &str) -> Result<&mut Entry, BdevError> {
+        let name = self.find(name)?.info.name.clone();
+        self.entries.get_mut(&name).ok_or(BdevError::NoSuchBdev(name))
+    }
+
+    fn by_id(&mut self, id: DeviceId) -> Option<&mut Entry> {
+        self.entries.values_mut().find(|entry| entry.id == id)
+    }
+}
+
+/// Held while a job on a device is under way. Dropping it starts the next.
+pub(crate) struct JobGuard {
+    registry: Arc<Registry>,
+    device: DeviceId,
+}
+
+impl Drop for JobGuard {
+    fn drop(&mut self) {
+        let mut inner = self.registry.lock();
+        let Some(entry) = inner.by_id(self.device) else { return };
+        let next = entry.jobs.pop_front();
+        entry.busy = next.is_some();
+        drop(inner);
+        if let Some(job) = next {
+            job(JobGuard { registry: self.registry.clone(), device: self.device });
+        }
+    }
+}
+
+/// A bdev that somebody has open. Closed when dropped; channels opened through it are closed by their openers.
+pub struct Descriptor {
+    registry: Arc<Registry>,
+    device: DeviceId,
+    number: u64,
+    name: String,
+    write: bool,
+}
+
+impl Descriptor {
+    /// The bdev's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Which device.
+    pub fn device(&self) -> DeviceId {
+        self.device
+    }
+
+    /// Whether it was opened for writing.
+    pub fn can_write(&self) -> bool {
+        self.write
+    }
+
+    /// The snapshot in force, unless the device is gone.
+    pub fn info(&self) -> Option<Arc<Info>> {
+        self.registry.get(self.device).map(|(_, info)| info)
+    }
+
+    /// The calling reactor's channel. Each open is closed by [`Layer::close_channel`].
+    pub fn channel(&self, reactor: &mut Reactor, layer: &mut Layer) -> Result<ChannelId, BdevError> {
+        let (device, info) = match self.registry.live(&self.name) {
+            Ok(id) if id == self.device => self.registry.get(id),
+            _ => None,
+        }
+        .ok_or_else(|| BdevError::Removing(self.name.clone()))?;
+        layer.open_channel(reactor, &self.registry, self.device, &device, &info)
+    }
+}
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        if let Some(entry) = self.registry.lock().by_id(self.device) {
+            entry.descriptors.remove(&self.number);
+        }
+    }
+}
