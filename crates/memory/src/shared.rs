@@ -19,7 +19,7 @@ pub struct Shared<T> {
 impl<T: FromBytes + IntoBytes + Immutable + Copy> Shared<T> {
     /// A window of `count` values at `offset`; refuses what leaves the region or is not aligned for `T`.
     pub fn new(region: &Region, offset: u64, count: usize) -> Result<Self, MemoryError> {
-        let length = (count as u64).checked_mul(size_of::<T>() as u64).unwrap_or(u64::MAX);
+        let length = (count as u64).saturating_mul(size_of::<T>() as u64);
         let base = region.pointer(offset, length)?.cast::<T>();
         if !base.is_aligned() {
             return Err(MemoryError::Misaligned { address: offset, alignment: align_of::<T>() as u64 });

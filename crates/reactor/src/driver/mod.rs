@@ -7,7 +7,12 @@
 //! submitted operation is answered by exactly one [`Completion::Done`], also after its file was closed or the driver is
 //! told to [`Driver::cancel_all`]. A watch is persistent and edge-triggered: every notification after the last
 //! report leads to at least one more [`Completion::Ready`], and none needs a system call to re-arm. `reap` makes no
-//! system call when nothing is outstanding. The operation owns holds on the memory it touches until it is done.
+//! system call when nothing came (io_uring says so in its ring; epoll cannot, so it looks at most every
+//! [`epoll::LOOK_NS`] while watches exist). The driver holds the memory and the file of an operation until it is done,
+//! and is not gone before: dropping it cancels what it can and waits for the rest.
+//!
+//! Errors. What cannot be begun (a list outside its region, an offset above 2^63) is answered by a `Done` with the
+//! errno that the kernel would give. Short transfers are reported as they are.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +24,10 @@ use crate::PollerId;
 use crate::event::Event;
 
 pub mod epoll;
+mod pool;
+mod slots;
 pub mod uring;
+mod watches;
 
 /// What to do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,3 +147,6 @@ pub fn open(choice: Choice) -> io::Result<Box<dyn Driver>> {
         },
     }
 }
+
+#[cfg(test)]
+mod tests;
