@@ -44,6 +44,7 @@ lint: $(ENGINE)
 	$(BIN)/mypy src tools
 	$(BIN)/stubtest qpair._engine
 	cargo fmt --all --check
+	cargo fmt --all --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
 ## make format     what lint's formatters would write
@@ -57,7 +58,7 @@ bench: ready
 	$(BIN)/python benches/run.py
 
 ## make fuzz       each fuzz target for SECONDS seconds (default 600), Rust then Python
-fuzz: $(ENGINE)
+fuzz: $(DEPS)
 	tools/fuzz.sh $(SECONDS)
 
 ## make soak       the simulator's tests with SEEDS seeds (default 1000000)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import pytest
-from linux_guest import Guest
 from spdk.rpc.client import JSONRPCClient
+
+from linux_guest import Guest
 
 START_S = 20
 STOP_S = 20
@@ -161,7 +162,8 @@ class QemuIo(QemuTool):
         words = [word for command in commands for word in ("-c", command)]
         done = self.run(*(["-r"] if read_only else []), "--image-opts", image_options(socket), *words)
         # qemu-io ends with 1 after a failed command, but a failed pattern check is only told in words.
-        assert done.returncode == 0 and "Pattern verification failed" not in done.stdout, done.stdout
+        assert done.returncode == 0, done.stdout
+        assert "Pattern verification failed" not in done.stdout, done.stdout
         return done.stdout
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from interop.peers import QpairServer, StorageDaemon
 from linux_guest import Guest, Outcome, vhost_user_blk_args
 

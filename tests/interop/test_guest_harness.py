@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from linux_guest import Guest, GuestPaths, SetupError, ensure
 from linux_guest import setup as guest_setup
 
@@ -30,7 +31,7 @@ def test_jobs_run_in_order_and_the_first_failure_is_the_guests(guest: Guest, tmp
 
 
 def test_a_guest_past_its_time_limit_is_ended_and_says_so(guest: Guest, tmp_path: Path) -> None:
-    outcome = guest.run([job(tmp_path, "hang.sh", "say hanging now\nsleep 600\n")], timeout_s=30)
+    outcome = guest.run([job(tmp_path, "hang.sh", "say hanging now\nsleep 600\n")], timeout_s=20)
     assert outcome.timed_out
     assert outcome.rc is None
     assert outcome.values == {"hang:hanging": "now"}
@@ -61,7 +62,7 @@ def test_set_up_without_its_tools_names_them(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(guest_setup.os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        SetupError, match="lacks vmlinux, initrd.img, rootfs.ext4, qemu-system-x86_64, and making it needs apt-get, mmdebstrap"
+        SetupError, match=r"lacks vmlinux, initrd\.img, rootfs\.ext4, qemu-system-x86_64, and making it needs apt-get, mmdebstrap"
     ):
         ensure(GuestPaths(tmp_path))
 

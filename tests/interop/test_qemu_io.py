@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from interop.peers import QemuImg, QemuIo, QpairServer, StorageDaemon, image_options
 from linux_guest import Guest
 

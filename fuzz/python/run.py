@@ -1,0 +1,94 @@
+"""Fuzzes one Python codec: ``run.py TARGET [libFuzzer options]``. ``run.py`` alone lists the targets.
+
+A target takes any bytes and must end them in a value or in the error its room declares; any other exception is a finding. Where a
+value can be encoded again, the encoding must decode to the same value.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["qpair", "json"]):
+    from qpair.app import config
+    from qpair.errors import ConfigError
+    from qpair.rpc import framing as json_framing
+    from qpair.rpc import protocol as json_rpc
+    from qpair.vhost import framing, messages
+
+DESCRIPTORS_MAX = 10
+
+
+def frames(data: bytes) -> Iterator[framing.Frame]:
+    """Whole vhost-user messages of a stream; the first comes with as many descriptors (numbers only) as the first byte says."""
+    assembler = framing.Assembler()
+    fds = list(range(data[0] % DESCRIPTORS_MAX)) if data else []
+    position = 1
+    while position < len(data):
+        piece = data[position : position + assembler.wanted]
+        position += len(piece)
+        frame = assembler.feed(piece, fds)
+        fds = []
+        while frame is not None:
+            yield frame
+            # A message without payload is whole at its header.
+            frame = assembler.feed(b"") if assembler.wanted == 0 else None
+
+
+def vhost_requests(data: bytes) -> None:
+    with suppress(framing.ProtocolError):
+        for frame in frames(data):
+            message = messages.decode_request(frame)
+            # Padding that a peer may send is not kept, so values are compared and not bytes.
+            [again] = frames(bytes([len(frame.fds)]) + messages.encode(message))
+            assert messages.decode_request(again) == message, (message, frame, again)
+
+
+def vhost_replies(data: bytes) -> None:
+    with suppress(framing.ProtocolError):
+        for frame in frames(data):
+            messages.decode_reply(frame, to=frame.header.request)
+
+
+def json_rpc_stream(data: bytes) -> None:
+    """The same documents and the same error, whether the stream comes whole or in pieces."""
+    whole, error = json_framing.Framer().feed(data)
+    framer = json_framing.Framer()
+    pieces: list[bytes] = []
+    failed: Any = None
+    for start in range(0, len(data), 7):
+        documents, failed = framer.feed(data[start : start + 7])
+        pieces += documents
+        if failed:
+            break
+    assert pieces == whole, (pieces, whole)
+    assert (failed is None) == (error is None), (failed, error)
+    for document in whole:
+        for item in json_rpc.decode(document).items:
+            assert isinstance(item, json_rpc.Call | json_rpc.Refusal)
+
+
+def configuration(data: bytes) -> None:
+    with suppress(ConfigError):
+        config.parse(data)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration)
+}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        print("\n".join(TARGETS))
+        sys.exit(0)
+    name = sys.argv.pop(1)
+    if name not in TARGETS:
+        sys.exit(f"no target {name!r}; there are {', '.join(TARGETS)}")
+    corpus = f"fuzz/corpus/python-{name}"
+    os.makedirs(corpus, exist_ok=True)
+    os.makedirs("fuzz/artifacts", exist_ok=True)
+    atheris.Setup([*sys.argv, f"-artifact_prefix=fuzz/artifacts/{name}-", corpus], TARGETS[name])
+    atheris.Fuzz()
