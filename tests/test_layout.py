@@ -103,7 +103,11 @@ def test_nothing_is_left_to_do() -> None:
     assert not names([path for path in code_files() if words.search(path.read_text())])
 
 
-def test_the_workspace_and_the_package_have_one_version() -> None:
-    versions = [re.search(r'^version = "([^"]+)"', (ROOT / name).read_text(), re.MULTILINE) for name in ("Cargo.toml", "pyproject.toml")]
-    assert len({version[1] for version in versions if version}) == 1
-    assert f"## [{versions[0][1]}]" in (ROOT / "CHANGELOG.md").read_text() if versions[0] else False
+def test_workspace_package_and_changelog_name_one_version() -> None:
+    versions = {
+        found[1]
+        for name in ("Cargo.toml", "pyproject.toml")
+        if (found := re.search(r'(?m)^version = "([^"]+)"', (ROOT / name).read_text()))
+    }
+    assert len(versions) == 1
+    assert f"## [{versions.pop()}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -25,10 +25,7 @@ fuzz_target!(|input: Input| {
     };
     let entries = u64::from(size.get());
     assert_eq!(entries, u64::from(input.entries));
-    assert_eq!(
-        u64::from(size.slot(input.index)),
-        u64::from(input.index) % entries
-    );
+    assert_eq!(u64::from(size.slot(input.index)), u64::from(input.index) % entries);
 
     let avail = size.avail_entry_offset(input.index);
     assert!(avail >= 4 && avail + 2 <= size.used_event_offset());
@@ -41,12 +38,7 @@ fuzz_target!(|input: Input| {
 
     if let Some(layout) = size.layout(input.base, input.align) {
         assert_eq!(layout.desc, input.base);
-        assert!(
-            layout.desc % 16 == 0
-                && layout.avail % 2 == 0
-                && layout.used % input.align == 0
-                && input.align >= 4
-        );
+        assert!(layout.desc % 16 == 0 && layout.avail % 2 == 0 && layout.used % input.align == 0 && input.align >= 4);
         assert_eq!(layout.avail - layout.desc, size.desc_bytes());
         assert!(layout.used - layout.avail >= size.avail_bytes(true));
         assert_eq!(layout.end - layout.used, size.used_bytes(true));
@@ -57,9 +49,5 @@ fuzz_target!(|input: Input| {
 fn event_rule(event: u16, old: u16, advance: u16) {
     let new = old.wrapping_add(advance);
     let passed = (0..advance).any(|step| old.wrapping_add(step) == event);
-    assert_eq!(
-        need_event(event, new, old),
-        passed,
-        "event {event}, {old} -> {new}"
-    );
+    assert_eq!(need_event(event, new, old), passed, "event {event}, {old} -> {new}");
 }
