@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
 __all__ = [
     "AlreadyExists",
@@ -50,7 +50,7 @@ class QpairError(Exception):
 
     def __init__(self, message: str = "", *, errno: int | None = None) -> None:
         super().__init__(message)
-        self.errno: int = self.errno_default if errno is None else errno
+        self.errno: Any = self.errno_default if errno is None else errno  # an int; Any, for OSError's own says int | None
         self.message: str = message or self.text
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class QpairError(Exception):
     @property
     def code(self) -> int:
         """The JSON-RPC error code: one of the protocol's own, else the negated errno."""
-        return self.rpc_code if self.rpc_code is not None else -self.errno
+        return self.rpc_code if self.rpc_code is not None else -int(self.errno)
 
     @property
     def text(self) -> str:

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 from qpair.errors import ConfigError, NoSuchFile, QpairError, from_errno
 from qpair.rpc.dispatch import call
 from qpair.rpc.protocol import duplicates_in, loads
-from qpair.rpc.registry import REGISTRY
+from qpair.rpc.registry import REGISTRY, Method
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
 
-__all__ = ["Config", "Entry", "load", "parse", "read", "save", "snapshot"]
+__all__ = ["Config", "Entry", "load", "load_runtime", "load_startup", "parse", "read", "save", "snapshot"]
 
 logger = logging.getLogger("qpair.app")
 
@@ -50,7 +50,7 @@ class Entry:
     params: dict[str, Any] | None
 
     def where(self) -> str:
-        """"subsystem 'bdev', entry 3, method 'bdev_malloc_create'"."""
+        """ "subsystem 'bdev', entry 3, method 'bdev_malloc_create'"."""
         return f"subsystem {self.subsystem!r:.80}, entry {self.number}, method {self.method!r:.80}"
 
 
@@ -135,21 +135,36 @@ def _entry(source: str, subsystem: str, number: int, raw: Any, inside: bool) -> 
 
 async def load(stack: Stack, config: Config) -> None:
     """All of it: what belongs to startup, then the subsystems (if the stack still waits), then the rest."""
-    methods = {name: method for entry in config.entries if (method := REGISTRY.get(name := entry.method)) is not None}
-    done: set[int] = set()
     if stack.state == "startup":
-        for entry in config.entries:
-            if methods[entry.method].startup:
-                await _call(stack, config, entry)
-                done.add(id(entry))
+        await load_startup(stack, config)
         await stack.start_subsystems()
+        await load_runtime(stack, config)
+        return
     for entry in config.entries:
-        if id(entry) in done:
-            continue
-        if methods[entry.method].runtime:
-            await _call(stack, config, entry)
-        else:
+        if not _method(entry).runtime:
             logger.warning("%s: %s: skipped, it may only be called before the subsystems start", config.source, entry.where())
+            continue
+        await _call(stack, config, entry)
+
+
+async def load_startup(stack: Stack, config: Config) -> None:
+    """The calls that the startup state allows."""
+    for entry in config.entries:
+        if _method(entry).startup:
+            await _call(stack, config, entry)
+
+
+async def load_runtime(stack: Stack, config: Config) -> None:
+    """The calls that `load_startup` left."""
+    for entry in config.entries:
+        if not _method(entry).startup:
+            await _call(stack, config, entry)
+
+
+def _method(entry: Entry) -> Method:
+    method = REGISTRY.get(entry.method)
+    assert method is not None  # `parse` has refused the others
+    return method
 
 
 async def _call(stack: Stack, config: Config, entry: Entry) -> None:

@@ -24,7 +24,17 @@ __all__ = ["INERT", "InertSubsystem", "declare"]
 
 logger = logging.getLogger("qpair.app")
 
-_TYPES: dict[str, Any] = {"u8": U8, "u16": U16, "u32": U32, "u64": U64, "i32": I32, "b": bool, "s": str, "o": dict[str, Any], "l": list[str]}
+_TYPES: dict[str, Any] = {
+    "u8": U8,
+    "u16": U16,
+    "u32": U32,
+    "u64": U64,
+    "i32": I32,
+    "b": bool,
+    "s": str,
+    "o": dict[str, Any],
+    "l": list[str],
+}
 
 # subsystem, method, states (s: startup, r: runtime), parameters (name:type, ! required, * part of the key)
 INERT: tuple[tuple[str, str, str, str], ...] = (
@@ -32,8 +42,10 @@ INERT: tuple[tuple[str, str, str, str], ...] = (
         "sock",
         "sock_impl_set_options",
         "s",
-        "impl_name:s!* recv_buf_size:u32 send_buf_size:u32 enable_recv_pipe:b enable_quickack:b enable_placement_id:u32 "
-        "enable_zerocopy_send_server:b enable_zerocopy_send_client:b zerocopy_threshold:u32 tls_version:u32 enable_ktls:b",
+        (
+            "impl_name:s!* recv_buf_size:u32 send_buf_size:u32 enable_recv_pipe:b enable_quickack:b enable_placement_id:u32 "
+            "enable_zerocopy_send_server:b enable_zerocopy_send_client:b zerocopy_threshold:u32 tls_version:u32 enable_ktls:b"
+        ),
     ),
     ("sock", "sock_set_default_impl", "s", "impl_name:s!"),
     ("iobuf", "iobuf_set_options", "s", "small_pool_count:u64 large_pool_count:u64 small_bufsize:u32 large_bufsize:u32 enable_numa:b"),
@@ -54,13 +66,15 @@ INERT: tuple[tuple[str, str, str, str], ...] = (
         "bdev",
         "bdev_nvme_set_options",
         "sr",
-        "action_on_timeout:s timeout_us:u64 timeout_admin_us:u64 keep_alive_timeout_ms:u32 arbitration_burst:u32 low_priority_weight:u32 "
-        "medium_priority_weight:u32 high_priority_weight:u32 nvme_adminq_poll_period_us:u64 nvme_ioq_poll_period_us:u64 "
-        "io_queue_requests:u32 delay_cmd_submit:b transport_retry_count:u32 bdev_retry_count:i32 transport_ack_timeout:u8 "
-        "ctrlr_loss_timeout_sec:i32 reconnect_delay_sec:u32 fast_io_fail_timeout_sec:u32 disable_auto_failback:b generate_uuids:b "
-        "transport_tos:u8 nvme_error_stat:b rdma_srq_size:u32 io_path_stat:b allow_accel_sequence:b rdma_max_cq_size:u32 "
-        "rdma_cm_event_timeout_ms:u16 dhchap_digests:l dhchap_dhgroups:l rdma_umr_per_io:b tcp_connect_timeout_ms:u32 enable_flush:b "
-        "multipath_opts:o",
+        (
+            "action_on_timeout:s timeout_us:u64 timeout_admin_us:u64 keep_alive_timeout_ms:u32 arbitration_burst:u32 low_priority_weight:u32 "
+            "medium_priority_weight:u32 high_priority_weight:u32 nvme_adminq_poll_period_us:u64 nvme_ioq_poll_period_us:u64 "
+            "io_queue_requests:u32 delay_cmd_submit:b transport_retry_count:u32 bdev_retry_count:i32 transport_ack_timeout:u8 "
+            "ctrlr_loss_timeout_sec:i32 reconnect_delay_sec:u32 fast_io_fail_timeout_sec:u32 disable_auto_failback:b generate_uuids:b "
+            "transport_tos:u8 nvme_error_stat:b rdma_srq_size:u32 io_path_stat:b allow_accel_sequence:b rdma_max_cq_size:u32 "
+            "rdma_cm_event_timeout_ms:u16 dhchap_digests:l dhchap_dhgroups:l rdma_umr_per_io:b tcp_connect_timeout_ms:u32 enable_flush:b "
+            "multipath_opts:o"
+        ),
     ),
     ("bdev", "bdev_nvme_set_hotplug", "r", "enable:b! period_us:u64"),
     ("fsdev", "fsdev_set_opts", "r", "fsdev_io_pool_size:u32! fsdev_io_cache_size:u32!"),
@@ -76,10 +90,12 @@ INERT: tuple[tuple[str, str, str, str], ...] = (
         "iscsi",
         "iscsi_set_options",
         "s",
-        "auth_file:s node_base:s nop_timeout:i32 nop_in_interval:i32 disable_chap:b require_chap:b mutual_chap:b chap_group:i32 "
-        "max_sessions:u32 max_queue_depth:u32 max_connections_per_session:u32 default_time2wait:u32 default_time2retain:u32 "
-        "first_burst_length:u32 immediate_data:b error_recovery_level:u32 allow_duplicated_isid:b max_large_datain_per_connection:u32 "
-        "max_r2t_per_connection:u32 pdu_pool_size:u32 immediate_data_pool_size:u32 data_out_pool_size:u32",
+        (
+            "auth_file:s node_base:s nop_timeout:i32 nop_in_interval:i32 disable_chap:b require_chap:b mutual_chap:b chap_group:i32 "
+            "max_sessions:u32 max_queue_depth:u32 max_connections_per_session:u32 default_time2wait:u32 default_time2retain:u32 "
+            "first_burst_length:u32 immediate_data:b error_recovery_level:u32 allow_duplicated_isid:b max_large_datain_per_connection:u32 "
+            "max_r2t_per_connection:u32 pdu_pool_size:u32 immediate_data_pool_size:u32 data_out_pool_size:u32"
+        ),
     ),
 )
 
@@ -115,7 +131,8 @@ class InertSubsystem(Subsystem):
 
 def inert_subsystem(name: str, *depends_on: str) -> InertSubsystem:
     """A remembering subsystem of that name."""
-    return type(f"Inert_{name}", (InertSubsystem,), {"name": name, "depends_on": depends_on})()
+    made: InertSubsystem = type(f"Inert_{name}", (InertSubsystem,), {"name": name, "depends_on": depends_on})()
+    return made
 
 
 def declare() -> None:
@@ -129,12 +146,12 @@ def declare() -> None:
             if "*" in kind:
                 key.append(parameter)
             fields.append((parameter, _TYPES[bare]) if "!" in kind else (parameter, _TYPES[bare] | None, None))
-        params = msgspec.defstruct(f"Params_{name}", fields, bases=(Params,), kw_only=True, forbid_unknown_fields=False) if fields else None
+        params: Any = msgspec.defstruct(f"Params_{name}", fields, bases=(Params,), kw_only=True, forbid_unknown_fields=False)
         REGISTRY.add(
             Method(
                 name=name,
                 handler=_handler(subsystem, name, tuple(key)),
-                params=params,
+                params=params if fields else None,
                 startup="s" in states,
                 runtime="r" in states,
                 aliases=(),

@@ -231,6 +231,3 @@ def _thread_seconds(tid: int) -> tuple[int, int]:
         return int(fields[11]), int(fields[12])
     except (OSError, IndexError, ValueError):
         return 0, 0
-
-
-

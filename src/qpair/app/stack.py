@@ -19,7 +19,7 @@ import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qpair.app.bridge import Bridge
 from qpair.app.cores import check_usable, parse_cores
@@ -98,7 +98,7 @@ class Stack:
 
     # -- life -------------------------------------------------------------------------------------
 
-    async def __aenter__(self) -> Stack:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
@@ -195,7 +195,11 @@ class Stack:
 
     def __del__(self) -> None:
         if getattr(self, "state", "new") in ("startup", "runtime") and not self._forked:
-            warnings.warn(f"qpair.Stack on cores {self.cores} was dropped while running; use 'async with' or await stop()", ResourceWarning, stacklevel=2)
+            warnings.warn(
+                f"qpair.Stack on cores {self.cores} was dropped while running; use 'async with' or await stop()",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
     # -- parts ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ Limits: one I/O up to 1 MiB on the wire; longer reads and writes are cut into su
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qpair.errors import InvalidArgument, StackStopped, from_engine
 
@@ -51,8 +51,12 @@ class BdevHandle:
             token = self._stack.engine.bdev_open(self.name, write=write)
         except OSError as error:
             raise from_engine(error) from error
-        descriptor: int = await self._stack.bridge.call(token, unclaimed=self._stack.engine.bdev_close)
+        descriptor: int = await self._stack.bridge.call(token, unclaimed=self._close_unclaimed)
         return OpenBdev(self._stack, self.name, descriptor, self.info.block_size)
+
+    def _close_unclaimed(self, descriptor: int) -> None:
+        """Whoever opened was cancelled meanwhile."""
+        self._stack.engine.bdev_close(descriptor)
 
     async def read(self, offset: int, length: int) -> bytes:
         """Open, read once, close."""
@@ -82,7 +86,7 @@ class OpenBdev:
         self.name = name
         self.block_size = block_size
 
-    async def __aenter__(self) -> OpenBdev:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

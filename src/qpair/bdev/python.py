@@ -79,7 +79,9 @@ class Request:
             try:
                 self.data.release()
             except BufferError:
-                logger.warning("%s at %d: something still holds its buffer, which is used for other requests from now on", self.op, self.offset)
+                logger.warning(
+                    "%s at %d: something still holds its buffer, which is used for other requests from now on", self.op, self.offset
+                )
         self._ring.complete(self._slot, errno)
 
     def fail(self, errno: int) -> None:
@@ -112,11 +114,13 @@ class Bdev:
 
     def read(self, requests: Sequence[Request]) -> Answer:
         """Fill each ``request.data``."""
-        return _refuse(requests)
+        _refuse(requests)
+        return None
 
     def write(self, requests: Sequence[Request]) -> Answer:
         """Keep each ``request.data``."""
-        return _refuse(requests)
+        _refuse(requests)
+        return None
 
     def flush(self, requests: Sequence[Request]) -> Answer:
         """Make completed writes durable. By default they are when completed."""
@@ -128,7 +132,8 @@ class Bdev:
 
     def write_zeroes(self, requests: Sequence[Request]) -> Answer:
         """Make the ranges read as zeros. By default refused with EOPNOTSUPP."""
-        return _refuse(requests)
+        _refuse(requests)
+        return None
 
     def reset(self, requests: Sequence[Request]) -> Answer:
         """Recover. By default there is nothing to do."""

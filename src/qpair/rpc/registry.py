@@ -9,14 +9,15 @@ States, as SPDK has them: *startup* (after ``--wait-for-rpc``, before ``framewor
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from qpair.errors import InvalidParameters
 from qpair.rpc.types import U64_MAX
 
-__all__ = ["REGISTRY", "Method", "Params", "Registry", "method"]
+__all__ = ["REGISTRY", "Method", "Params", "Registry", "method", "schema_type"]
 
 
 class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -77,6 +78,19 @@ def _where(message: str) -> str:
     return f"parameter '{path.rstrip('`')}': {what}" if separator else message
 
 
+def schema_type(annotation: Any) -> str:
+    """What SPDK's public schema calls a parameter type: "uint32", "string", "boolean", "enum", "uuid", "array", "object"."""
+    if get_origin(annotation) is Annotated:
+        return str(next(meta.extra["schema"] for meta in annotation.__metadata__ if meta.extra))
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return schema_type(next(argument for argument in arguments if argument is not type(None)))
+    if get_origin(annotation) is Literal:
+        return "enum"
+    named = {str: "string", bool: "boolean", list: "array", dict: "object"}
+    return named.get(get_origin(annotation) or annotation, "object")
+
+
 class Registry:
     """Methods by name; aliases point at the same `Method`."""
 
@@ -122,9 +136,7 @@ def method(
 
     def declare(handler: Callable[[Any, P], Awaitable[Any]]) -> Callable[[Any, P], Awaitable[Any]]:
         summary = (handler.__doc__ or "").strip().partition("\n")[0]
-        registry.add(
-            Method(name=name, handler=handler, params=params, startup=startup, runtime=runtime, aliases=aliases, summary=summary)
-        )
+        registry.add(Method(name=name, handler=handler, params=params, startup=startup, runtime=runtime, aliases=aliases, summary=summary))
         return handler
 
     return declare

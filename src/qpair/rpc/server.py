@@ -23,9 +23,10 @@ import socket
 import stat
 import struct
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from qpair.errors import Busy, InvalidArgument, QpairError, from_errno
+from qpair.errors import Busy, QpairError, from_errno
+from qpair.rpc.address import DEFAULT_ADDRESS, parse_address
 from qpair.rpc.dispatch import answer
 from qpair.rpc.framing import Framer
 from qpair.rpc.protocol import Document, Refusal, decode, encode_batch, encode_error
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_ADDRESS", "RpcServer", "parse_address"]
 
-DEFAULT_ADDRESS = "/var/tmp/spdk.sock"
-DEFAULT_PORT = 5260
 QUEUED_DOCUMENTS_MAX = 64
 HELD_BYTES_MAX = 64 << 20
 UNREAD_BYTES_MAX = 1 << 20
@@ -48,24 +47,12 @@ CONNECTIONS_MAX = 1024
 logger = logging.getLogger("qpair.rpc")
 
 
-def parse_address(address: str) -> str | tuple[str, int]:
-    """``-r``: a path is a Unix socket; ``host:port``, ``[v6]:port`` or a bare IPv4 address is TCP."""
-    if "/" in address or (":" not in address and not address.replace(".", "").isdigit()):
-        if not 0 < len(os.fsencode(address)) < 108:
-            raise InvalidArgument(f"RPC socket path {address!r:.120} is {len(address)} bytes long; a Unix socket's is 1 to 107")
-        return address
-    host, separator, port = address.rpartition(":")
-    if not separator or (host.startswith("[") != host.endswith("]")):
-        host, port = address, str(DEFAULT_PORT)
-    if not port.isdigit() or not 0 <= int(port) <= 65535 or not host:
-        raise InvalidArgument(f"RPC address {address!r:.120}: write a path, host:port or [v6]:port with a port up to 65535")
-    return host.strip("[]"), int(port)
-
-
 class RpcServer:
     """Listens on one address and answers for one stack. ``async with RpcServer(stack, "/tmp/q.sock"): ...``"""
 
-    def __init__(self, stack: Stack, address: str = DEFAULT_ADDRESS, *, registry: Registry = REGISTRY, connections_max: int | None = None) -> None:
+    def __init__(
+        self, stack: Stack, address: str = DEFAULT_ADDRESS, *, registry: Registry = REGISTRY, connections_max: int | None = None
+    ) -> None:
         self.stack = stack
         self.registry = registry
         self.address = address
@@ -146,7 +133,11 @@ class RpcServer:
         self._server = None
         for connection in tuple(self.connections):
             connection.stop_reading()
-        tasks = [connection.task for connection in self.connections if connection.task is not None and connection.task is not asyncio.current_task()]
+        tasks = [
+            connection.task
+            for connection in self.connections
+            if connection.task is not None and connection.task is not asyncio.current_task()
+        ]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=deadline_s)
             for task in late:
@@ -161,7 +152,7 @@ class RpcServer:
             self._unlock(self._path)
             self._path = None
 
-    async def __aenter__(self) -> RpcServer:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 

@@ -1,0 +1,119 @@
+"""``qpair serve``: SPDK's start-up flags and ours. argparse, for it is there already and starts in milliseconds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qpair.app.logs import FLAGS, LEVELS
+from qpair.app.serve import ServeOptions, run
+from qpair.errors import QpairError
+
+__all__ = ["parser", "serve"]
+
+# SPDK's flags about hugepages, PCI, tracing and DPDK: taken so that start scripts work, without effect here.
+_IGNORED: tuple[tuple[tuple[str, ...], bool, str], ...] = (
+    (("-s", "--mem-size"), True, "memory size in MB"),
+    (("-u", "--no-pci"), False, "no PCI"),
+    (("--no-huge",), False, "no hugepages: they are never needed"),
+    (("-e", "--tpoint-group"), True, "trace groups"),
+    (("-i", "--shm-id"), True, "shared memory id"),
+    (("-p", "--main-core"), True, "main core"),
+    (("-n", "--mem-channels"), True, "memory channels"),
+    (("-g", "--single-file-segments"), False, "one file of hugepages"),
+    (("-d", "--limit-coredump"), False, "limit the core dump"),
+    (("-R", "--huge-unlink"), False, "unlink hugepage files"),
+    (("-A", "--pci-allowed"), True, "allowed PCI device"),
+    (("-B", "--pci-blocked"), True, "blocked PCI device"),
+    (("--huge-dir",), True, "hugetlbfs mount"),
+    (("--iova-mode",), True, "DPDK address mode"),
+    (("--base-virtaddr",), True, "DPDK base address"),
+    (("--env-context",), True, "DPDK arguments"),
+    (("--num-trace-entries",), True, "trace entries"),
+    (("--msg-mempool-size",), True, "message pool"),
+    (("--vfio-vf-token",), True, "VFIO token"),
+    (("--interrupt-mode",), False, "sleep when idle: always on, see --busy-poll"),
+    (("--disable-cpumask-locks",), False, "no core locks: there are none"),
+    (("--silence-noticelog",), False, "print warnings and errors only"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of ``qpair serve``."""
+    made = argparse.ArgumentParser(
+        prog="qpair serve",
+        description="Run a storage stack and answer JSON-RPC until SIGTERM or SIGINT.",
+        epilog="Example: qpair serve -r /tmp/qpair.sock -m '[0,1]' -S /tmp -c config.json",
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("-r", "--rpc-socket", default=ServeOptions.address, metavar="PATH|HOST:PORT", help="where to answer RPC (default %(default)s)")
+    add("-m", "--cpumask", "--lcores", default=ServeOptions.mask, metavar="MASK", help="cores: 0x3 or [0,2-3] (default %(default)s)")
+    add("-c", "--config", "--json", metavar="FILE", help="JSON configuration to load first")
+    add("--wait-for-rpc", action="store_true", help="wait for framework_start_init before the subsystems start")
+    add("-S", dest="vhost_dir", default=".", metavar="DIR", help="directory of vhost sockets (default: here)")
+    add("-f", dest="pid_file", metavar="FILE", help="write the process id there once ready")
+    add("-L", "--logflag", action="append", default=[], metavar="FLAG", help=f"debug messages of {', '.join(FLAGS)} or all")
+    add("--log-level", choices=list(LEVELS), default="NOTICE", help="print nothing less severe (default %(default)s)")
+    add("--busy-poll", action="store_true", help="reactors never sleep")
+    add(
+        "--spin-us",
+        type=int,
+        default=ServeOptions.spin_us,
+        metavar="US",
+        help="spin so long without work before sleeping (default %(default)s)",
+    )
+    add("--driver", choices=("auto", "io_uring", "epoll"), default="auto", help="I/O driver (default %(default)s)")
+    add("--no-pin", action="store_true", help="do not bind reactors to their cores")
+    ignored = made.add_argument_group("accepted from SPDK's command line, without effect")
+    for names, takes_value, text in _IGNORED:
+        if takes_value:
+            ignored.add_argument(*names, metavar="X", help=text, dest=_ignored_name(names))
+        else:
+            ignored.add_argument(*names, action="store_true", help=text, dest=_ignored_name(names))
+    return made
+
+
+def serve(arguments: list[str]) -> int:
+    """Parse, then serve; the exit code."""
+    try:
+        given = parser().parse_args(arguments)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 2
+    try:
+        return run(_options(given))
+    except QpairError as error:
+        print(f"qpair serve: {error}", file=sys.stderr)
+        return 2
+
+
+def _options(given: argparse.Namespace) -> ServeOptions:
+    notes = [names[-1] for names, _, _ in _IGNORED if getattr(given, _ignored_name(names)) not in (None, False)]
+    quiet = "--silence-noticelog" in notes
+    flags: list[str] = []
+    for flag in given.logflag:
+        if flag == "all":
+            flags.extend(FLAGS)
+        elif flag in FLAGS:
+            flags.append(flag)
+        else:
+            notes.append(f"-L {flag}")
+    return ServeOptions(
+        address=given.rpc_socket,
+        mask=given.cpumask if not given.cpumask[:1].isdigit() or "," not in given.cpumask else f"[{given.cpumask}]",
+        config=given.config,
+        wait_for_rpc=given.wait_for_rpc,
+        vhost_dir=given.vhost_dir,
+        busy_poll=given.busy_poll,
+        driver=given.driver,
+        spin_us=given.spin_us,
+        pin=not given.no_pin,
+        log_flags=flags,
+        log_level="WARNING" if quiet else "DEBUG" if flags else given.log_level,
+        pid_file=given.pid_file,
+        notes=[note for note in notes if note != "--silence-noticelog"],
+    )
+
+
+def _ignored_name(names: tuple[str, ...]) -> str:
+    return "ignored_" + names[-1].lstrip("-").replace("-", "_")

@@ -1,0 +1,97 @@
+"""Fixtures of the control plane's tests: a running stack on the compiled engine, or, where that is not built, on the in-memory double.
+
+``QPAIR_TEST_ENGINE=double`` forces the double, ``=real`` forbids it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def _engine() -> tuple[str, Callable[..., Any]]:
+    wanted = os.environ.get("QPAIR_TEST_ENGINE", "auto")
+    if wanted != "double":
+        try:
+            from qpair._engine import Engine
+
+            return "real", Engine
+        except ImportError:
+            if wanted == "real":
+                raise
+    from doubles.engine import Engine as Double
+
+    return "double", Double
+
+
+ENGINE_KIND, ENGINE = _engine()
+
+
+def pytest_report_header() -> str:
+    return f"qpair engine: {ENGINE_KIND}"
+
+
+@pytest.fixture
+def engine_kind() -> str:
+    return ENGINE_KIND
+
+
+@pytest.fixture
+def make_stack(tmp_path: Path) -> Callable[..., Any]:
+    """A stack that is not started yet."""
+    from qpair import Stack
+
+    core = min(os.sched_getaffinity(0))
+
+    def make(**options: Any) -> Any:
+        options.setdefault("cores", core)
+        options.setdefault("pin", False)
+        options.setdefault("vhost_dir", tmp_path)
+        return Stack(engine_factory=ENGINE, **options)
+
+    return make
+
+
+@pytest_asyncio.fixture
+async def stack(make_stack: Callable[..., Any]) -> AsyncIterator[Any]:
+    async with make_stack() as running:
+        yield running
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> str:
+    return str(tmp_path / "rpc.sock")
+
+
+@pytest_asyncio.fixture
+async def server(stack: Any, socket_path: str) -> AsyncIterator[Any]:
+    yield await stack.listen(socket_path)
+
+
+async def run_client(*command: str, stdin: bytes | None = None, timeout: float = 30) -> tuple[int, str, str]:
+    """A client as a process of its own, while this loop serves it."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(stdin), timeout)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture
+def client() -> Callable[..., Awaitable[tuple[int, str, str]]]:
+    return run_client
