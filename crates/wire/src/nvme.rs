@@ -192,19 +192,13 @@ impl Status {
             StatusCodeType::PATH => Self::INTERNAL_PATH_ERROR,
             _ => Self::INTERNAL_DEVICE_ERROR,
         };
-        TABLE
-            .iter()
-            .find(|row| row.status == stand_in)
-            .unwrap_or(&TABLE[0])
+        TABLE.iter().find(|row| row.status == stand_in).unwrap_or(&TABLE[0])
     }
 
     /// The name of a status that has one.
     #[must_use]
     pub fn name(self) -> Option<&'static str> {
-        TABLE
-            .iter()
-            .find(|row| row.status == self.code())
-            .map(|row| row.name)
+        TABLE.iter().find(|row| row.status == self.code()).map(|row| row.name)
     }
 
     /// Positive errno, 0 for success.
@@ -222,11 +216,7 @@ impl Status {
     /// The status byte of virtio-blk.
     #[must_use]
     pub fn to_virtio_blk(self) -> BlkStatus {
-        if self.is_error() {
-            self.row().virtio
-        } else {
-            BlkStatus::OK
-        }
+        if self.is_error() { self.row().virtio } else { BlkStatus::OK }
     }
 
     /// One readable sentence without a full stop.
@@ -235,9 +225,7 @@ impl Status {
         if self.is_error() && self.name().is_none() {
             return match self.sct() {
                 StatusCodeType::GENERIC => "the device gave a generic status without a name",
-                StatusCodeType::COMMAND_SPECIFIC => {
-                    "the device gave a command specific status without a name"
-                }
+                StatusCodeType::COMMAND_SPECIFIC => "the device gave a command specific status without a name",
                 StatusCodeType::MEDIA => "the device gave a media error without a name",
                 StatusCodeType::PATH => "the path to the device gave a status without a name",
                 StatusCodeType::VENDOR => "the device gave a vendor specific status",
@@ -297,22 +285,12 @@ impl fmt::Debug for Status {
             Some(name) => f.write_str(name)?,
             None => write!(f, "{:?}({:#04x})", self.sct(), self.sc())?,
         }
-        if self.do_not_retry() {
-            f.write_str("+DNR")
-        } else {
-            Ok(())
-        }
+        if self.do_not_retry() { f.write_str("+DNR") } else { Ok(()) }
     }
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} (sct {:#x}, sc {:#04x})",
-            self.sentence(),
-            self.sct().0,
-            self.sc()
-        )
+        write!(f, "{} (sct {:#x}, sc {:#04x})", self.sentence(), self.sct().0, self.sc())
     }
 }

@@ -364,8 +364,7 @@ pub const INFLIGHT_USED_IDX_OFFSET: u64 = offset_of!(InflightHeader, used_idx) a
 /// Bytes of one queue's part of the inflight region, a multiple of [`INFLIGHT_ALIGN`].
 #[must_use]
 pub const fn inflight_queue_bytes(queue_size: u16) -> u64 {
-    let bytes =
-        size_of::<InflightHeader>() as u64 + size_of::<InflightDesc>() as u64 * queue_size as u64;
+    let bytes = size_of::<InflightHeader>() as u64 + size_of::<InflightDesc>() as u64 * queue_size as u64;
     bytes.next_multiple_of(INFLIGHT_ALIGN)
 }
 
@@ -378,7 +377,5 @@ pub const fn inflight_region_bytes(num_queues: u16, queue_size: u16) -> u64 {
 /// Offset of descriptor `index` of queue `queue` in the inflight region.
 #[must_use]
 pub const fn inflight_desc_offset(queue: u16, queue_size: u16, index: u16) -> u64 {
-    inflight_queue_bytes(queue_size) * queue as u64
-        + size_of::<InflightHeader>() as u64
-        + size_of::<InflightDesc>() as u64 * index as u64
+    inflight_queue_bytes(queue_size) * queue as u64 + size_of::<InflightHeader>() as u64 + size_of::<InflightDesc>() as u64 * index as u64
 }

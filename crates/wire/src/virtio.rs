@@ -97,19 +97,7 @@ bitflags! {
 }
 
 /// A descriptor (2.7.5).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Desc {
     /// Guest-physical address.
@@ -122,20 +110,13 @@ pub struct Desc {
     pub next: U16,
 }
 const _: () = assert!(size_of::<Desc>() == 16);
-const _: () = assert!(
-    offset_of!(Desc, len) == 8 && offset_of!(Desc, flags) == 12 && offset_of!(Desc, next) == 14
-);
+const _: () = assert!(offset_of!(Desc, len) == 8 && offset_of!(Desc, flags) == 12 && offset_of!(Desc, next) == 14);
 
 impl Desc {
     /// Builds a descriptor from native values.
     #[must_use]
     pub const fn new(addr: u64, len: u32, flags: DescFlags, next: u16) -> Self {
-        Self {
-            addr: U64::new(addr),
-            len: U32::new(len),
-            flags: U16::new(flags.bits()),
-            next: U16::new(next),
-        }
+        Self { addr: U64::new(addr), len: U32::new(len), flags: U16::new(flags.bits()), next: U16::new(next) }
     }
 
     /// The flags, unknown bits kept.
@@ -146,19 +127,7 @@ impl Desc {
 }
 
 /// Head of the avail ring; `size` entries of [`U16`] and `used_event` follow (2.7.6).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct AvailHeader {
     /// See [`AvailFlags`].
@@ -169,19 +138,7 @@ pub struct AvailHeader {
 const _: () = assert!(size_of::<AvailHeader>() == 4);
 
 /// Head of the used ring; `size` entries of [`UsedElem`] and `avail_event` follow (2.7.8).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct UsedHeader {
     /// See [`UsedFlags`].
@@ -192,19 +149,7 @@ pub struct UsedHeader {
 const _: () = assert!(size_of::<UsedHeader>() == 4);
 
 /// An entry of the used ring (2.7.8).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct UsedElem {
     /// Head of the chain that is done.
@@ -218,10 +163,7 @@ impl UsedElem {
     /// Builds an entry from native values.
     #[must_use]
     pub const fn new(id: u32, len: u32) -> Self {
-        Self {
-            id: U32::new(id),
-            len: U32::new(len),
-        }
+        Self { id: U32::new(id), len: U32::new(len) }
     }
 }
 
@@ -339,12 +281,7 @@ impl RingSize {
         let Some(end) = used.checked_add(self.used_bytes(true)) else {
             return None;
         };
-        Some(RingLayout {
-            desc: base,
-            avail,
-            used,
-            end,
-        })
+        Some(RingLayout { desc: base, avail, used, end })
     }
 }
 

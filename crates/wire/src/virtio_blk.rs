@@ -129,19 +129,7 @@ bitflags! {
 }
 
 /// First descriptor of a request (5.2.6).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RequestHeader {
     /// See [`RequestType`].
@@ -158,11 +146,7 @@ impl RequestHeader {
     /// Builds a header from native values.
     #[must_use]
     pub const fn new(kind: RequestType, sector: u64) -> Self {
-        Self {
-            kind: U32::new(kind.0),
-            reserved: U32::new(0),
-            sector: U64::new(sector),
-        }
+        Self { kind: U32::new(kind.0), reserved: U32::new(0), sector: U64::new(sector) }
     }
 
     /// What it asks for.
@@ -173,19 +157,7 @@ impl RequestHeader {
 }
 
 /// A range of DISCARD, WRITE_ZEROES or SECURE_ERASE (5.2.6).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Segment {
     /// First sector.
@@ -202,11 +174,7 @@ impl Segment {
     /// Builds a segment from native values.
     #[must_use]
     pub const fn new(sector: u64, num_sectors: u32, flags: SegmentFlags) -> Self {
-        Self {
-            sector: U64::new(sector),
-            num_sectors: U32::new(num_sectors),
-            flags: U32::new(flags.bits()),
-        }
+        Self { sector: U64::new(sector), num_sectors: U32::new(num_sectors), flags: U32::new(flags.bits()) }
     }
 
     /// The flags, unknown bits kept.
@@ -217,19 +185,7 @@ impl Segment {
 }
 
 /// Configuration space up to write-zeroes: 60 bytes (5.2.4).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Config {
     /// Size in sectors of 512 bytes.
@@ -289,19 +245,7 @@ const _: () = assert!(offset_of!(Config, write_zeroes_may_unmap) == 56);
 pub const CONFIG_WRITEBACK_OFFSET: usize = offset_of!(Config, writeback);
 
 /// Configuration space with secure erase and zones: 96 bytes (5.2.4).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct ConfigZoned {
     /// The first 60 bytes.

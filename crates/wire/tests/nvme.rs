@@ -27,11 +27,7 @@ fn a_completion_field_carries_the_phase_in_its_lowest_bit() {
 
 #[test]
 fn each_status_has_one_row_and_rows_are_ordered() {
-    assert!(
-        TABLE
-            .windows(2)
-            .all(|pair| pair[0].status.bits() < pair[1].status.bits())
-    );
+    assert!(TABLE.windows(2).all(|pair| pair[0].status.bits() < pair[1].status.bits()));
     assert_eq!(TABLE[0].status, Status::SUCCESS);
 }
 
@@ -43,16 +39,8 @@ fn every_error_of_the_table_is_an_error_in_every_protocol() {
         assert_ne!(row.virtio, BlkStatus::OK, "{}", row.name);
         assert_ne!(row.sense.status, ScsiStatus::GOOD, "{}", row.name);
         let has_sense = matches!(row.sense.status, ScsiStatus::CHECK_CONDITION);
-        assert!(
-            !has_sense || row.sense.key != SenseKey::NO_SENSE,
-            "{}",
-            row.name
-        );
-        assert!(
-            !row.sentence.ends_with('.') && row.sentence.len() > 10,
-            "{}",
-            row.name
-        );
+        assert!(!has_sense || row.sense.key != SenseKey::NO_SENSE, "{}", row.name);
+        assert!(!row.sentence.ends_with('.') && row.sentence.len() > 10, "{}", row.name);
     }
 }
 
@@ -63,36 +51,18 @@ fn the_statuses_that_callers_know_map_as_they_expect() {
     assert_eq!(Status::INVALID_OPCODE.to_errno(), EOPNOTSUPP);
     assert_eq!(Status::NAMESPACE_WRITE_PROTECTED.to_errno(), EROFS);
     let sense = Status::LBA_OUT_OF_RANGE.to_sense();
-    assert_eq!(
-        (sense.status, sense.key, sense.asc),
-        (ScsiStatus::CHECK_CONDITION, SenseKey::ILLEGAL_REQUEST, 0x21)
-    );
+    assert_eq!((sense.status, sense.key, sense.asc), (ScsiStatus::CHECK_CONDITION, SenseKey::ILLEGAL_REQUEST, 0x21));
     let sense = Status::UNRECOVERED_READ_ERROR.to_sense();
-    assert_eq!(
-        (sense.key, sense.asc, sense.ascq),
-        (SenseKey::MEDIUM_ERROR, 0x11, 0)
-    );
-    assert_eq!(
-        Status::RESERVATION_CONFLICT.to_sense().status,
-        ScsiStatus::RESERVATION_CONFLICT
-    );
-    assert_eq!(
-        Status::ABORT_REQUESTED.to_sense().status,
-        ScsiStatus::TASK_ABORTED
-    );
+    assert_eq!((sense.key, sense.asc, sense.ascq), (SenseKey::MEDIUM_ERROR, 0x11, 0));
+    assert_eq!(Status::RESERVATION_CONFLICT.to_sense().status, ScsiStatus::RESERVATION_CONFLICT);
+    assert_eq!(Status::ABORT_REQUESTED.to_sense().status, ScsiStatus::TASK_ABORTED);
 }
 
 #[test]
 fn a_status_without_a_name_fails_like_its_type() {
     let vendor = Status::new(StatusCodeType::VENDOR, 0x42);
-    assert_eq!(
-        (vendor.to_errno(), vendor.to_virtio_blk()),
-        (EIO, BlkStatus::IOERR)
-    );
-    assert_eq!(
-        vendor.sentence(),
-        "the device gave a vendor specific status"
-    );
+    assert_eq!((vendor.to_errno(), vendor.to_virtio_blk()), (EIO, BlkStatus::IOERR));
+    assert_eq!(vendor.sentence(), "the device gave a vendor specific status");
     let media = Status::new(StatusCodeType::MEDIA, 0xee);
     assert_eq!(media.to_sense().key, SenseKey::MEDIUM_ERROR);
     assert_eq!(format!("{media:?}"), "MEDIA(0xee)");
@@ -100,10 +70,7 @@ fn a_status_without_a_name_fails_like_its_type() {
 
 #[test]
 fn errnos_that_layers_rely_on_come_back_as_themselves() {
-    for errno in [
-        EINVAL, EOPNOTSUPP, ENOSPC, EROFS, EACCES, ENODEV, ECANCELED, EAGAIN, ETIMEDOUT, EILSEQ,
-        EBADE, EIO, ENOLINK,
-    ] {
+    for errno in [EINVAL, EOPNOTSUPP, ENOSPC, EROFS, EACCES, ENODEV, ECANCELED, EAGAIN, ETIMEDOUT, EILSEQ, EBADE, EIO, ENOLINK] {
         assert_eq!(Status::from_errno(errno).to_errno(), errno);
     }
     assert_eq!(Status::from_errno(0), Status::SUCCESS);
@@ -111,14 +78,8 @@ fn errnos_that_layers_rely_on_come_back_as_themselves() {
 
 #[test]
 fn a_status_prints_its_name_and_its_sentence() {
-    assert_eq!(
-        format!("{:?}", Status::WRITE_FAULT.with_do_not_retry()),
-        "WRITE_FAULT+DNR"
-    );
-    assert_eq!(
-        format!("{}", Status::WRITE_FAULT),
-        "the medium failed a write (sct 0x2, sc 0x80)"
-    );
+    assert_eq!(format!("{:?}", Status::WRITE_FAULT.with_do_not_retry()), "WRITE_FAULT+DNR");
+    assert_eq!(format!("{}", Status::WRITE_FAULT), "the medium failed a write (sct 0x2, sc 0x80)");
 }
 
 proptest! {

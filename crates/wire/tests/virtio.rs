@@ -1,32 +1,18 @@
 //! The split ring's layout and the event index, against bytes and loops made by hand.
 
 use proptest::prelude::*;
-use qpair_wire::virtio::{
-    AvailHeader, Desc, DescFlags, Features, RING_SIZE_MAX, RingSize, UsedElem, need_event,
-};
+use qpair_wire::virtio::{AvailHeader, Desc, DescFlags, Features, RING_SIZE_MAX, RingSize, UsedElem, need_event};
 use zerocopy::{FromBytes, IntoBytes};
 
 #[test]
 fn a_descriptor_is_read_from_sixteen_bytes() {
-    let bytes = [
-        0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x00, 0x02, 0x00, 0x00, 0x03, 0x00, 0xff,
-        0x7f,
-    ];
+    let bytes = [0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x00, 0x02, 0x00, 0x00, 0x03, 0x00, 0xff, 0x7f];
     let desc = Desc::read_from_bytes(&bytes).unwrap();
     assert_eq!(desc.addr.get(), 0x7060_5040_3020_1000);
     assert_eq!(desc.len.get(), 512);
     assert_eq!(desc.flags(), DescFlags::NEXT | DescFlags::WRITE);
     assert_eq!(desc.next.get(), 0x7fff);
-    assert_eq!(
-        Desc::new(
-            0x7060_5040_3020_1000,
-            512,
-            DescFlags::NEXT | DescFlags::WRITE,
-            0x7fff
-        )
-        .as_bytes(),
-        bytes
-    );
+    assert_eq!(Desc::new(0x7060_5040_3020_1000, 512, DescFlags::NEXT | DescFlags::WRITE, 0x7fff).as_bytes(), bytes);
 }
 
 #[test]
@@ -40,19 +26,14 @@ fn unknown_descriptor_flags_are_kept() {
 
 #[test]
 fn a_used_element_is_head_and_length() {
-    assert_eq!(
-        UsedElem::new(5, 4097).as_bytes(),
-        [5, 0, 0, 0, 1, 0x10, 0, 0]
-    );
+    assert_eq!(UsedElem::new(5, 4097).as_bytes(), [5, 0, 0, 0, 1, 0x10, 0, 0]);
     let avail = AvailHeader::read_from_bytes(&[1, 0, 0xfe, 0xff]).unwrap();
     assert_eq!((avail.flags.get(), avail.idx.get()), (1, 0xfffe));
 }
 
 #[test]
 fn ring_sizes_are_powers_of_two_up_to_32768() {
-    let legal: Vec<u32> = (0..=70_000)
-        .filter(|n| RingSize::new(*n).is_some())
-        .collect();
+    let legal: Vec<u32> = (0..=70_000).filter(|n| RingSize::new(*n).is_some()).collect();
     let expected: Vec<u32> = (0..16).map(|shift| 1 << shift).collect();
     assert_eq!(legal, expected);
     assert_eq!(legal.last().copied(), Some(u32::from(RING_SIZE_MAX)));
@@ -64,18 +45,9 @@ fn ring_sizes_are_powers_of_two_up_to_32768() {
 fn a_ring_of_256_has_the_specified_sizes() {
     let size = RingSize::new(256).unwrap();
     assert_eq!(size.desc_bytes(), 4096);
-    assert_eq!(
-        (size.avail_bytes(false), size.avail_bytes(true)),
-        (516, 518)
-    );
-    assert_eq!(
-        (size.used_bytes(false), size.used_bytes(true)),
-        (2052, 2054)
-    );
-    assert_eq!(
-        (size.used_event_offset(), size.avail_event_offset()),
-        (516, 2052)
-    );
+    assert_eq!((size.avail_bytes(false), size.avail_bytes(true)), (516, 518));
+    assert_eq!((size.used_bytes(false), size.used_bytes(true)), (2052, 2054));
+    assert_eq!((size.used_event_offset(), size.avail_event_offset()), (516, 2052));
     assert_eq!(size.avail_entry_offset(257), 6);
     assert_eq!(size.used_entry_offset(257), 12);
     assert_eq!(size.desc_offset(255), 4080);
@@ -84,10 +56,7 @@ fn a_ring_of_256_has_the_specified_sizes() {
 #[test]
 fn the_legacy_layout_puts_the_used_ring_on_a_page() {
     let layout = RingSize::new(256).unwrap().layout(0x10000, 4096).unwrap();
-    assert_eq!(
-        (layout.desc, layout.avail, layout.used, layout.end),
-        (0x10000, 0x11000, 0x12000, 0x12000 + 2054)
-    );
+    assert_eq!((layout.desc, layout.avail, layout.used, layout.end), (0x10000, 0x11000, 0x12000, 0x12000 + 2054));
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! Requests and configuration space, against bytes made by hand.
 
-use qpair_wire::virtio_blk::{
-    BlkFeatures, CONFIG_WRITEBACK_OFFSET, Config, RequestHeader, RequestType, Segment, SegmentFlags,
-};
+use qpair_wire::virtio_blk::{BlkFeatures, CONFIG_WRITEBACK_OFFSET, Config, RequestHeader, RequestType, Segment, SegmentFlags};
 use zerocopy::{FromBytes, IntoBytes};
 
 #[test]
@@ -11,10 +9,7 @@ fn a_request_header_is_type_reserved_sector() {
     let header = RequestHeader::read_from_bytes(&bytes).unwrap();
     assert_eq!(header.kind(), RequestType::OUT);
     assert_eq!(header.sector.get(), 0x0100_0000_0000_0800);
-    assert_eq!(
-        RequestHeader::new(RequestType::OUT, 0x0100_0000_0000_0800).as_bytes(),
-        bytes
-    );
+    assert_eq!(RequestHeader::new(RequestType::OUT, 0x0100_0000_0000_0800).as_bytes(), bytes);
 }
 
 #[test]
@@ -29,15 +24,9 @@ fn an_unknown_request_type_is_held_and_has_no_name() {
 fn a_segment_is_sector_count_flags() {
     let bytes = [8, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0];
     let segment = Segment::read_from_bytes(&bytes).unwrap();
-    assert_eq!(
-        (segment.sector.get(), segment.num_sectors.get()),
-        (8, u32::MAX)
-    );
+    assert_eq!((segment.sector.get(), segment.num_sectors.get()), (8, u32::MAX));
     assert_eq!(segment.flags(), SegmentFlags::UNMAP);
-    assert_eq!(
-        Segment::new(8, u32::MAX, SegmentFlags::UNMAP).as_bytes(),
-        bytes
-    );
+    assert_eq!(Segment::new(8, u32::MAX, SegmentFlags::UNMAP).as_bytes(), bytes);
 }
 
 #[test]
@@ -60,9 +49,5 @@ fn configuration_fields_lie_where_the_standard_puts_them() {
 #[test]
 fn feature_bits_are_where_the_standard_puts_them() {
     assert_eq!((BlkFeatures::RO | BlkFeatures::BLK_SIZE).bits(), 0x60);
-    assert_eq!(
-        (BlkFeatures::FLUSH | BlkFeatures::MQ | BlkFeatures::DISCARD | BlkFeatures::WRITE_ZEROES)
-            .bits(),
-        0x7200
-    );
+    assert_eq!((BlkFeatures::FLUSH | BlkFeatures::MQ | BlkFeatures::DISCARD | BlkFeatures::WRITE_ZEROES).bits(), 0x7200);
 }

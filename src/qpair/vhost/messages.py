@@ -19,7 +19,6 @@ from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Self
 
 from qpair.vhost.framing import (
-    CONFIG_BYTES_MAX,
     FLAG_NEED_REPLY,
     FLAG_REPLY,
     REGIONS_MAX,
@@ -29,6 +28,7 @@ from qpair.vhost.framing import (
     ProtocolError,
     Request,
 )
+from qpair.vhost.payload import STATE, U64, U64_LIMIT, ConfigPayload, InflightPayload, Message, U64Payload, VringFilePayload, exactly
 
 __all__ = [
     "Ack",
@@ -66,43 +66,6 @@ __all__ = [
     "encode",
 ]
 
-VRING_INDEX_MASK = 0xFF
-VRING_NO_FD = 1 << 8
-_U64_LIMIT = 1 << 64
-
-
-class Message:
-    """Base of all messages: its layout and the number of descriptors that belong to it."""
-
-    __slots__ = ()
-    request: ClassVar[Request]
-    layout: ClassVar[struct.Struct] = struct.Struct("")
-    fds_min: ClassVar[int] = 0
-    fds_max: ClassVar[int] = 0
-
-    def encode_payload(self) -> bytes:
-        """The payload without header."""
-        return self.layout.pack(*astuple(self))  # type: ignore[call-overload]
-
-    @classmethod
-    def decode_payload(cls, payload: bytes) -> Self:
-        """Of exactly one payload; `ProtocolError` for another size or a value out of its range."""
-        _exactly(cls.request.name, payload, cls.layout.size)
-        message = cls(*cls.layout.unpack(payload))
-        message.check()
-        return message
-
-    def check(self) -> None:
-        """Refuse values that no state of the connection makes right."""
-
-    def fd_count(self) -> tuple[int, int]:
-        """The fewest and the most descriptors that come with this message."""
-        return self.fds_min, self.fds_max
-
-
-_U64 = struct.Struct("<Q")
-_STATE = struct.Struct("<II")
-
 
 @dataclass(frozen=True, slots=True)
 class GetFeatures(Message):
@@ -116,7 +79,7 @@ class SetFeatures(Message):
     """The agreed feature bits."""
 
     request = Request.SET_FEATURES
-    layout = _U64
+    layout = U64
     features: int
 
 
@@ -151,7 +114,7 @@ class SetMemTable(Message):
     """All guest memory, replacing what was before. One descriptor a region."""
 
     request = Request.SET_MEM_TABLE
-    layout = _STATE
+    layout = STATE
     regions: tuple[MemoryRegion, ...]
 
     def encode_payload(self) -> bytes:
@@ -180,7 +143,7 @@ class SetMemTable(Message):
                 raise ProtocolError(self.request.name, f"size of region {number}", 0, "more than 0 bytes")
             for field in ("guest_address", "user_address", "mmap_offset"):
                 start: int = getattr(region, field)
-                if start + region.size_bytes > _U64_LIMIT:
+                if start + region.size_bytes > U64_LIMIT:
                     raise ProtocolError(
                         self.request.name, f"{field} of region {number}", f"{start:#x}", f"at most 2**64 - {region.size_bytes:#x}, its size"
                     )
@@ -194,7 +157,7 @@ class SetVringNum(Message):
     """Entries of a queue."""
 
     request = Request.SET_VRING_NUM
-    layout = _STATE
+    layout = STATE
     index: int
     size: int
 
@@ -218,7 +181,7 @@ class SetVringBase(Message):
     """The avail index at which the back end starts."""
 
     request = Request.SET_VRING_BASE
-    layout = _STATE
+    layout = STATE
     index: int
     base: int
 
@@ -232,58 +195,27 @@ class GetVringBase(Message):
     """Stop a queue; answered by `VringBase` once nothing is in flight. ``unused`` has no meaning."""
 
     request = Request.GET_VRING_BASE
-    layout = _STATE
+    layout = STATE
     index: int
     unused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _VringFile(Message):
-    """A queue and at most one descriptor. ``value`` holds the queue in 7:0 and, in bit 8, that no descriptor comes along."""
-
-    layout = _U64
-    fds_max = 1
-    value: int
-
-    @property
-    def index(self) -> int:
-        """The queue."""
-        return self.value & VRING_INDEX_MASK
-
-    @property
-    def has_fd(self) -> bool:
-        """A descriptor comes along."""
-        return not self.value & VRING_NO_FD
-
-    @classmethod
-    def of(cls, index: int, *, has_fd: bool = True) -> Self:
-        """For queue ``index``."""
-        return cls(index if has_fd else index | VRING_NO_FD)
-
-    def check(self) -> None:
-        if self.value >> 9:
-            raise ProtocolError(self.request.name, "payload", f"{self.value:#x}", "a queue in bits 7:0 and a flag in bit 8")
-
-    def fd_count(self) -> tuple[int, int]:
-        return (1, 1) if self.has_fd else (0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class SetVringKick(_VringFile):
+class SetVringKick(VringFilePayload):
     """The descriptor by which the front end kicks; starts the queue."""
 
     request = Request.SET_VRING_KICK
 
 
 @dataclass(frozen=True, slots=True)
-class SetVringCall(_VringFile):
+class SetVringCall(VringFilePayload):
     """The descriptor by which the back end interrupts."""
 
     request = Request.SET_VRING_CALL
 
 
 @dataclass(frozen=True, slots=True)
-class SetVringErr(_VringFile):
+class SetVringErr(VringFilePayload):
     """The descriptor by which the back end tells of a failed queue."""
 
     request = Request.SET_VRING_ERR
@@ -301,7 +233,7 @@ class SetProtocolFeatures(Message):
     """The agreed protocol features."""
 
     request = Request.SET_PROTOCOL_FEATURES
-    layout = _U64
+    layout = U64
     features: int
 
 
@@ -317,7 +249,7 @@ class SetVringEnable(Message):
     """Let a queue pass requests (1) or not (0)."""
 
     request = Request.SET_VRING_ENABLE
-    layout = _STATE
+    layout = STATE
     index: int
     enable: int
 
@@ -326,34 +258,8 @@ class SetVringEnable(Message):
             raise ProtocolError(self.request.name, "enable", self.enable, "0 or 1")
 
 
-class _Config(Message):
-    """A range of the configuration space and its bytes."""
-
-    __slots__ = ()
-    layout = struct.Struct("<III")
-    offset: int
-    size: int
-    flags: int
-    data: bytes
-
-    def encode_payload(self) -> bytes:
-        return self.layout.pack(self.offset, self.size, self.flags) + self.data
-
-    @classmethod
-    def _decode(cls, payload: bytes) -> tuple[int, int, int, bytes]:
-        name = cls.request.name
-        if len(payload) < cls.layout.size:
-            raise ProtocolError(name, "payload size", len(payload), f"at least {cls.layout.size} bytes")
-        offset, size, flags = cls.layout.unpack_from(payload)
-        if size > CONFIG_BYTES_MAX:
-            raise ProtocolError(name, "size", size, f"at most {CONFIG_BYTES_MAX} bytes")
-        if offset + size > CONFIG_BYTES_MAX:
-            raise ProtocolError(name, "offset", offset, f"at most {CONFIG_BYTES_MAX - size} for a size of {size}")
-        return offset, size, flags, payload[cls.layout.size :]
-
-
 @dataclass(frozen=True, slots=True)
-class GetConfig(_Config):
+class GetConfig(ConfigPayload):
     """Ask for ``size`` bytes of the configuration space; answered by `ConfigReply`. ``data`` has no meaning."""
 
     request = Request.GET_CONFIG
@@ -369,14 +275,14 @@ class GetConfig(_Config):
 
     @classmethod
     def decode_payload(cls, payload: bytes) -> Self:
-        offset, size, flags, data = cls._decode(payload)
+        offset, size, flags, data = cls.decode_range(payload)
         if len(data) not in (0, size):
             raise ProtocolError(cls.request.name, "payload size", len(payload), f"{cls.layout.size + size} bytes for a size of {size}")
         return cls(offset, size, flags, data)
 
 
 @dataclass(frozen=True, slots=True)
-class SetConfig(_Config):
+class SetConfig(ConfigPayload):
     """Write to the configuration space. ``flags``: 0 the driver writes, 1 a migration restores."""
 
     request = Request.SET_CONFIG
@@ -387,39 +293,14 @@ class SetConfig(_Config):
 
     @classmethod
     def decode_payload(cls, payload: bytes) -> Self:
-        offset, size, flags, data = cls._decode(payload)
+        offset, size, flags, data = cls.decode_range(payload)
         if len(data) != size:
             raise ProtocolError(cls.request.name, "payload size", len(payload), f"{cls.layout.size + size} bytes for a size of {size}")
         return cls(offset, size, flags, data)
 
 
-class _Inflight(Message):
-    """The inflight region: 20 bytes as documented, 24 as every implementation sends its C structure."""
-
-    __slots__ = ()
-    layout = struct.Struct("<QQHH4x")
-    mmap_size: int
-    mmap_offset: int
-    num_queues: int
-    queue_size: int
-
-    @classmethod
-    def decode_payload(cls, payload: bytes) -> Self:
-        if len(payload) not in (20, 24):
-            raise ProtocolError(cls.request.name, "payload size", len(payload), "20 or 24 bytes")
-        message = cls(*cls.layout.unpack(payload.ljust(24, b"\0")))
-        message.check()
-        return message
-
-    def check(self) -> None:
-        if self.mmap_offset + self.mmap_size > _U64_LIMIT:
-            raise ProtocolError(
-                self.request.name, "mmap_offset", f"{self.mmap_offset:#x}", f"at most 2**64 - {self.mmap_size:#x}, its size"
-            )
-
-
 @dataclass(frozen=True, slots=True)
-class GetInflightFd(_Inflight):
+class GetInflightFd(InflightPayload):
     """Ask for an inflight region for that many queues of that size; answered by `InflightReply`."""
 
     request = Request.GET_INFLIGHT_FD
@@ -430,7 +311,7 @@ class GetInflightFd(_Inflight):
 
 
 @dataclass(frozen=True, slots=True)
-class SetInflightFd(_Inflight):
+class SetInflightFd(InflightPayload):
     """Use this inflight region. One descriptor."""
 
     request = Request.SET_INFLIGHT_FD
@@ -450,27 +331,21 @@ class ResetDevice(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class _U64Reply(Message):
-    layout = _U64
-    value: int
-
-
-@dataclass(frozen=True, slots=True)
-class Features(_U64Reply):
+class Features(U64Payload):
     """Answers `GetFeatures`."""
 
     request = Request.GET_FEATURES
 
 
 @dataclass(frozen=True, slots=True)
-class ProtocolFeaturesOffer(_U64Reply):
+class ProtocolFeaturesOffer(U64Payload):
     """Answers `GetProtocolFeatures`."""
 
     request = Request.GET_PROTOCOL_FEATURES
 
 
 @dataclass(frozen=True, slots=True)
-class QueueNum(_U64Reply):
+class QueueNum(U64Payload):
     """Answers `GetQueueNum`."""
 
     request = Request.GET_QUEUE_NUM
@@ -481,13 +356,13 @@ class VringBase(Message):
     """Answers `GetVringBase`: the avail index at which a later start goes on."""
 
     request = Request.GET_VRING_BASE
-    layout = _STATE
+    layout = STATE
     index: int
     base: int
 
 
 @dataclass(frozen=True, slots=True)
-class ConfigReply(_Config):
+class ConfigReply(ConfigPayload):
     """Answers `GetConfig`. No payload at all means that the back end refused."""
 
     request = Request.GET_CONFIG
@@ -502,20 +377,20 @@ class ConfigReply(_Config):
         return self.size == 0
 
     def encode_payload(self) -> bytes:
-        return b"" if self.refused else _Config.encode_payload(self)
+        return b"" if self.refused else ConfigPayload.encode_payload(self)
 
     @classmethod
     def decode_payload(cls, payload: bytes) -> Self:
         if not payload:
             return cls(0, 0, 0, b"")
-        offset, size, flags, data = cls._decode(payload)
+        offset, size, flags, data = cls.decode_range(payload)
         if len(data) != size:
             raise ProtocolError(cls.request.name, "payload size", len(payload), f"{cls.layout.size + size} bytes for a size of {size}")
         return cls(offset, size, flags, data)
 
 
 @dataclass(frozen=True, slots=True)
-class InflightReply(_Inflight):
+class InflightReply(InflightPayload):
     """Answers `GetInflightFd`. One descriptor, unless ``mmap_size`` is 0: then the back end tracks nothing."""
 
     request = Request.GET_INFLIGHT_FD
@@ -589,10 +464,10 @@ def decode_reply(frame: Frame, *, to: Request) -> Message | Ack:
         raise ProtocolError("reply", "request", header.request.name, f"{to.name}, which was asked")
     kind = _REPLIES.get(to)
     if kind is None:
-        _exactly(to.name, frame.payload, _U64.size)
+        exactly(to.name, frame.payload, U64.size)
         if frame.fds:
             raise ProtocolError(to.name, "number of descriptors", len(frame.fds), "0")
-        return Ack(to, _U64.unpack(frame.payload)[0])
+        return Ack(to, U64.unpack(frame.payload)[0])
     message = kind.decode_payload(frame.payload)
     _check_fds(message, frame)
     return message
@@ -600,14 +475,9 @@ def decode_reply(frame: Frame, *, to: Request) -> Message | Ack:
 
 def encode(message: Message | Ack, *, reply: bool = False, need_reply: bool = False) -> bytes:
     """Header and payload. An `Ack` is always a reply."""
-    payload = _U64.pack(message.result) if isinstance(message, Ack) else message.encode_payload()
+    payload = U64.pack(message.result) if isinstance(message, Ack) else message.encode_payload()
     flags = VERSION | (FLAG_REPLY if reply or isinstance(message, Ack) else 0) | (FLAG_NEED_REPLY if need_reply else 0)
     return Header(message.request, flags, len(payload)).encode() + payload
-
-
-def _exactly(where: str, data: bytes, size: int) -> None:
-    if len(data) != size:
-        raise ProtocolError(where, "payload size", len(data), f"{size} bytes")
 
 
 def _check_fds(message: Message, frame: Frame) -> None:
