@@ -14,10 +14,7 @@
 //!
 //! The model check is in this crate's `tests/loom.rs`.
 
-#[cfg(loom)]
-use loom::sync::atomic::{AtomicBool, Ordering, fence};
-#[cfg(not(loom))]
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use crate::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// The flag of the protocol above. What rings is the caller's.
 #[derive(Debug)]

@@ -16,7 +16,14 @@ pub struct Event(Kind);
 #[derive(Debug)]
 enum Kind {
     Fd(File),
-    Simulated(Arc<AtomicU64>),
+    Simulated(Arc<Simulation>),
+}
+
+#[derive(Debug, Default)]
+struct Simulation {
+    count: AtomicU64,
+    /// Notifications ever: what edge-triggered watches compare, since the count falls back when it is taken.
+    edges: AtomicU64,
 }
 
 impl Event {
@@ -43,14 +50,14 @@ impl Event {
 
     /// A simulated one; clones made by [`Event::twin`] share the count.
     pub fn simulated() -> Self {
-        Self(Kind::Simulated(Arc::new(AtomicU64::new(0))))
+        Self(Kind::Simulated(Arc::default()))
     }
 
     /// Another handle on the same event.
     pub fn twin(&self) -> std::io::Result<Self> {
         Ok(Self(match &self.0 {
             Kind::Fd(file) => Kind::Fd(file.try_clone()?),
-            Kind::Simulated(count) => Kind::Simulated(count.clone()),
+            Kind::Simulated(simulation) => Kind::Simulated(simulation.clone()),
         }))
     }
 
@@ -61,8 +68,9 @@ impl Event {
                 let mut writer: &File = file;
                 let _ = writer.write(&1u64.to_ne_bytes());
             }
-            Kind::Simulated(count) => {
-                count.fetch_add(1, Ordering::SeqCst);
+            Kind::Simulated(simulation) => {
+                simulation.count.fetch_add(1, Ordering::SeqCst);
+                simulation.edges.fetch_add(1, Ordering::SeqCst);
             }
         }
     }
@@ -78,7 +86,7 @@ impl Event {
                     _ => 0,
                 }
             }
-            Kind::Simulated(count) => count.swap(0, Ordering::SeqCst),
+            Kind::Simulated(simulation) => simulation.count.swap(0, Ordering::SeqCst),
         }
     }
 
@@ -90,11 +98,11 @@ impl Event {
         }
     }
 
-    /// The simulated count, unless real. For simulated drivers.
-    pub fn count(&self) -> Option<&Arc<AtomicU64>> {
+    /// How many notifications there ever were, unless real. For simulated drivers.
+    pub fn edges(&self) -> Option<u64> {
         match &self.0 {
             Kind::Fd(_) => None,
-            Kind::Simulated(count) => Some(count),
+            Kind::Simulated(simulation) => Some(simulation.edges.load(Ordering::SeqCst)),
         }
     }
 }

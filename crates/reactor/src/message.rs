@@ -5,16 +5,16 @@
 //! one swap and turns it round, so messages of one sender arrive in the order sent. There is no half-linked state:
 //! the inbox is empty exactly when its head is null, which is what [`crate::doorbell`] relies on.
 //!
-//! A message that is never run (its reactor is gone) is dropped with the inbox; what it captured tells its waiter so.
+//! A message that is never run is dropped, and what it captured tells its waiter so: a reactor that goes closes its
+//! inbox, which drops what is in it and whatever is pushed later. (The inbox itself lives as long as its handles, one of
+//! which may lie in such a message.)
+//!
+//! The model check is in this crate's `tests/loom.rs`.
 
 use std::ptr;
 
-#[cfg(loom)]
-use loom::sync::atomic::{AtomicPtr, Ordering};
-#[cfg(not(loom))]
-use std::sync::atomic::{AtomicPtr, Ordering};
-
 use crate::Reactor;
+use crate::sync::atomic::{AtomicPtr, Ordering};
 
 type Run = Box<dyn FnOnce(&mut Reactor) + Send>;
 
@@ -41,6 +41,11 @@ impl Message {
     }
 }
 
+/// The head of a closed inbox; no node is there.
+fn closed() -> *mut Node {
+    ptr::without_provenance_mut(1)
+}
+
 /// Many senders, one owner.
 pub struct Inbox {
     head: AtomicPtr<Node>,
@@ -58,11 +63,16 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Puts a message in. Never fails, never allocates, never blocks.
+    /// Puts a message in. Never fails, never allocates, never blocks. A closed inbox drops it.
     pub fn push(&self, message: Message) {
         let node = Box::into_raw(message.0);
         let mut head = self.head.load(Ordering::Relaxed);
         loop {
+            if head == closed() {
+                // SAFETY: the node came from Box::into_raw above and was not published.
+                drop(unsafe { Box::from_raw(node) });
+                return;
+            }
             // SAFETY: the node is ours until the exchange below succeeds.
             unsafe { (*node).next = head };
             // Release: who takes the node sees its content. SeqCst: ordered with the doorbell's flag.
@@ -76,12 +86,27 @@ impl Inbox {
     /// Whether nothing waits.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.head.load(Ordering::SeqCst).is_null()
+        let head = self.head.load(Ordering::SeqCst);
+        head.is_null() || head == closed()
     }
 
     /// Takes all that is there, oldest first.
     pub fn take(&self) -> Taken {
-        let mut node = self.head.swap(ptr::null_mut(), Ordering::Acquire);
+        self.swap(ptr::null_mut())
+    }
+
+    /// Drops what is there and all that comes: its owner goes.
+    pub fn close(&self) {
+        drop(self.swap(closed()));
+    }
+
+    /// Puts `head` in place of all messages.
+    fn swap(&self, head: *mut Node) -> Taken {
+        let mut node = self.head.swap(head, Ordering::AcqRel);
+        if node == closed() {
+            self.head.store(closed(), Ordering::Release);
+            return Taken(ptr::null_mut());
+        }
         let mut reversed: *mut Node = ptr::null_mut();
         while !node.is_null() {
             // SAFETY: the swap made the whole chain ours; each node came from Box::into_raw in `push`.
@@ -98,7 +123,7 @@ impl Inbox {
 
 impl Drop for Inbox {
     fn drop(&mut self) {
-        drop(self.take());
+        self.close();
     }
 }
 

@@ -319,7 +319,8 @@ impl Reactor {
         if self.shared.stop.load(Ordering::Relaxed) {
             return Turn::Stopped;
         }
-        if work > 0 || !self.active.is_empty() || !self.ready.borrow().is_empty() || !self.shared.inbox.is_empty() {
+        let more = work > 0 || !self.active.is_empty() || !self.ready.borrow().is_empty() || !self.shared.inbox.is_empty();
+        if more || self.config.busy_poll {
             return Turn::Again;
         }
         Turn::Idle { until_ns: self.timers.deadline() }
@@ -376,7 +377,8 @@ impl Reactor {
     #[inline]
     fn run_timers(&mut self) -> usize {
         let mut count = 0;
-        while let Some(callback) = self.timers.due(self.now_ns) {
+        let newest = self.timers.newest();
+        while let Some(callback) = self.timers.due(self.now_ns, newest) {
             count += 1;
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| callback(self))) {
                 log::say(Level::Error, "reactor", format_args!("a timer panicked: {}", panic_text(&*panic)));
@@ -528,9 +530,11 @@ impl Reactor {
 impl Drop for Reactor {
     fn drop(&mut self) {
         // Pollers may hold memory that the kernel still works on: the driver must outlive what it was given, and it
-        // owns holds of its own, so the order is: pollers, local state, driver.
+        // owns holds of its own, so the order is: pollers, local state, driver. Messages that nobody will run any more are
+        // dropped now, not when the last handle goes.
         self.pollers.clear();
         self.locals.clear();
+        self.shared.inbox.close();
     }
 }
 

@@ -43,9 +43,20 @@ impl Timers {
         None
     }
 
-    pub(crate) fn due(&mut self, now_ns: u64) -> Option<Callback> {
+    /// The newest timer. Those made from here on wait for the next turn, so that one which begins itself anew at once
+    /// does not keep the reactor.
+    pub(crate) fn newest(&self) -> TimerId {
+        TimerId(self.next)
+    }
+
+    /// Takes out the first timer due that is no newer than `newest`.
+    pub(crate) fn due(&mut self, now_ns: u64, newest: TimerId) -> Option<Callback> {
         // Only the heap's top is looked at in a turn where nothing is due.
         if self.heap.peek().is_none_or(|Reverse((at_ns, _))| *at_ns > now_ns) || self.deadline()? > now_ns {
+            return None;
+        }
+        // New ones are due now at the earliest, so no older one that is due stands behind them.
+        if self.heap.peek().is_none_or(|Reverse((_, id))| *id > newest) {
             return None;
         }
         let Reverse((_, id)) = self.heap.pop()?;
