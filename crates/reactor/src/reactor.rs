@@ -445,10 +445,12 @@ impl Reactor {
             };
             let done = self.with_poller(id, |poller, reactor| poller.poll(reactor)).unwrap_or(0);
             work += done;
-            if self.keeps_active(id, done) {
-                position += 1;
-            } else {
+            if !self.keeps_active(id, done) {
                 self.active.retain(|other| *other != index);
+            }
+            // Else this one went, or one before it, and the next one stands here now.
+            if self.active.get(position) == Some(&index) {
+                position += 1;
             }
         }
         work
