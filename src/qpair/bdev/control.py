@@ -308,11 +308,7 @@ class BdevSubsystem(Subsystem):
         info = self._of_kind(name, module)
         if info.path is None:
             raise InvalidArgument(f"bdev {info.name!r} is no file: there is nothing to scan")
-        try:
-            with open(info.path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise from_errno(error.errno or 5, f"bdev {info.name!r}: {info.path}: {error.strerror}") from error
+        size = _file_size(info.name, info.path)
         blocks = size // info.block_size
         if blocks != info.num_blocks:
             await self._call("bdev_resize", info.name, blocks)
@@ -378,3 +374,12 @@ def _grow_file(path: str, size: int) -> None:
             os.close(descriptor)
     except OSError as error:
         raise from_errno(error.errno or 5, f"file {path}: {error.strerror}") from error
+
+
+def _file_size(name: str, path: str) -> int:
+    """Of a file or a block device, in bytes."""
+    try:
+        with open(path, "rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise from_errno(error.errno or 5, f"bdev {name!r}: {path}: {error.strerror}") from error
