@@ -5,7 +5,7 @@ use std::fmt;
 use qpair_reactor::Reactor;
 use uuid::Uuid;
 
-use crate::{BdevError, ChannelId, IoId, Layer, Op};
+use crate::{BdevError, Buffer, ChannelId, IoId, Layer, Op};
 
 /// A set of operations.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -143,6 +143,11 @@ pub trait Device: Send + Sync {
     /// Whether channels want to be polled (they wait for something other than the reactor's driver).
     fn polled(&self) -> bool {
         false
+    }
+
+    /// Memory that the device reaches without a copy, if it has such and `bytes` of it are free. Ask by [`crate::Descriptor::buffer`].
+    fn buffer(&self, _bytes: u64) -> Option<Buffer> {
+        None
     }
 
     /// Changes the size where the module can; called when all channels are quiet if it shrinks.

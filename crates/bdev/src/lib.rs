@@ -19,6 +19,7 @@
 
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod device;
 mod error;
 mod io;
@@ -29,6 +30,7 @@ pub mod null;
 mod registry;
 mod stats;
 
+pub use buffer::Buffer;
 pub use device::{Channel, Device, Info, OpSet};
 pub use error::BdevError;
 pub use io::{FRAMES_MAX, Frame, Io, IoFlags, IoId, Op};

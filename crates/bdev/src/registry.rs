@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use qpair_reactor::{Handle, Reactor};
 
-use crate::{BdevError, ChannelId, Device, Info, Layer, Stats};
+use crate::{BdevError, Buffer, ChannelId, Device, Info, Layer, Stats};
 
 /// Names a device for the life of the registry; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -326,6 +326,12 @@ impl Descriptor {
     /// The snapshot in force, unless the device is gone.
     pub fn info(&self) -> Option<Arc<Info>> {
         self.registry.get(self.device).map(|(_, info)| info)
+    }
+
+    /// Memory for I/O on this bdev: the device's own where it has some left, else plain.
+    pub fn buffer(&self, bytes: u64) -> Result<Buffer, BdevError> {
+        let lent = self.registry.get(self.device).and_then(|(device, _)| device.buffer(bytes));
+        lent.map_or_else(|| Buffer::plain(bytes), Ok)
     }
 
     /// The calling reactor's channel. Each open is closed by [`Layer::close_channel`].

@@ -192,6 +192,12 @@ impl Reactor {
         self.now_ns
     }
 
+    /// The clock itself, read now: for who measures I/O within a turn, once a batch. All else uses [`now_ns`](Self::now_ns).
+    #[inline]
+    pub fn read_clock_ns(&self) -> u64 {
+        self.clock.now_ns()
+    }
+
     /// Its configuration.
     pub fn config(&self) -> Config {
         self.config
