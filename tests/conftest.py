@@ -93,5 +93,13 @@ async def run_client(*command: str, stdin: bytes | None = None, timeout: float =
 
 
 @pytest.fixture
+def qpair_command() -> list[str]:
+    """The ``qpair`` command, on the engine that the tests run on."""
+    if ENGINE_KIND == "real":
+        return [sys.executable, "-m", "qpair.cli"]
+    return [sys.executable, str(Path(__file__).parent / "doubles" / "launch.py")]
+
+
+@pytest.fixture
 def client() -> Callable[..., Awaitable[tuple[int, str, str]]]:
     return run_client

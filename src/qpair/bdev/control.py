@@ -12,6 +12,7 @@ import asyncio
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 from qpair.app.sizes import parse_size
 from qpair.app.subsystems import ConfigEntry, Subsystem
@@ -333,12 +334,8 @@ class BdevSubsystem(Subsystem):
 
 
 def new_uuid() -> str:
-    """A random UUID (version 4). By hand: the module of that name costs its import at every start."""
-    raw = bytearray(os.urandom(16))
-    raw[6] = raw[6] & 0x0F | 0x40
-    raw[8] = raw[8] & 0x3F | 0x80
-    text = raw.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    """A random UUID."""
+    return str(uuid4())
 
 
 def _checked_name(name: str) -> str:
