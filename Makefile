@@ -12,6 +12,10 @@ DEPS   := $(VENV)/.stamp-deps
 ENGINE := $(VENV)/.stamp-engine
 PEERS  := $(VENV)/.stamp-peers
 RUST   := $(shell find crates -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock rust-toolchain.toml
+# Two cargo profiles on purpose. Tests want debug assertions and quick links: the dev profile builds them from nothing in 1 minute, where
+# the release profile takes 2.5 although the engine's build has compiled the dependencies already (link-time optimisation of each test program).
+# A million seeds want an optimised build, and every assertion.
+SOAK_PROFILE := CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS=true CARGO_PROFILE_RELEASE_LTO=off
 # The bindings are a shared library of an interpreter: Python tests them (tests/), cargo has nothing to run them in.
 CARGO_TEST := cargo test --locked --workspace --exclude qpair-python
 
@@ -63,7 +67,7 @@ fuzz: $(DEPS)
 
 ## make soak       the simulator's tests with SEEDS seeds (default 1000000)
 soak:
-	QPAIR_SIM_SEEDS=$(SEEDS) $(CARGO_TEST) --release
+	QPAIR_SIM_SEEDS=$(SEEDS) $(SOAK_PROFILE) $(CARGO_TEST) --release --target-dir target/soak
 
 engine: $(ENGINE)
 
