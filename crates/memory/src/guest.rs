@@ -19,6 +19,13 @@ pub struct GuestRegion {
     pub region: Region,
 }
 
+/// Where something lies in one [`GuestMemory`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Place {
+    row: u32,
+    offset: u64,
+}
+
 /// A guest's memory as one reactor sees it. A new table is a new value: rings change over when they are quiet.
 #[derive(Debug, Default)]
 pub struct GuestMemory {
@@ -71,9 +78,10 @@ impl GuestMemory {
     #[inline]
     pub fn resolve(&self, mut address: u64, length: u32, list: &mut SgList) -> Result<(), MemoryError> {
         let mut left = u64::from(length);
-        let unmapped = MemoryError::Unmapped { address, length: left };
+        let start = address;
+        let unmapped = || MemoryError::Unmapped { address: start, length: u64::from(length) };
         loop {
-            let Some(row) = self.row(address) else { return Err(unmapped) };
+            let Some(row) = self.row(address) else { return Err(unmapped()) };
             let within = address - row.guest_address;
             let step = left.min(row.length - within);
             list.push(Sge { region: row.region.clone(), offset: row.offset + within, length: step as u32 });
@@ -81,7 +89,7 @@ impl GuestMemory {
             if left == 0 {
                 return Ok(());
             }
-            let Some(next) = address.checked_add(step) else { return Err(unmapped) };
+            let Some(next) = address.checked_add(step) else { return Err(unmapped()) };
             address = next;
         }
     }
@@ -91,6 +99,20 @@ impl GuestMemory {
     pub fn find(&self, address: u64, length: u64) -> Result<(&Region, u64), MemoryError> {
         let row = self.row(address).filter(|row| length <= row.length - (address - row.guest_address));
         row.map(|row| (&row.region, row.offset + (address - row.guest_address))).ok_or(MemoryError::Unmapped { address, length })
+    }
+
+    /// As [`find`](Self::find), but names the row, so that the place can be kept without a hold: [`at`](Self::at).
+    #[inline]
+    pub fn place(&self, address: u64, length: u64) -> Result<Place, MemoryError> {
+        let row = self.row(address).filter(|row| length <= row.length - (address - row.guest_address));
+        let row = row.ok_or(MemoryError::Unmapped { address, length })?;
+        Ok(Place { row: self.last.get() as u32, offset: row.offset + (address - row.guest_address) })
+    }
+
+    /// The region and offset of a place of this table.
+    #[inline]
+    pub fn at(&self, place: Place) -> (&Region, u64) {
+        (&self.rows[place.row as usize].region, place.offset)
     }
 
     /// As [`find`](Self::find), by front-end address. For ring addresses, which come once.

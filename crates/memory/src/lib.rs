@@ -22,7 +22,7 @@ mod mapping;
 mod region;
 mod shared;
 
-pub use guest::{GuestMemory, GuestRegion};
+pub use guest::{GuestMemory, GuestRegion, Place};
 pub use mapping::{Mapping, Pages};
 pub use region::{Region, SgList, Sge, copy_list};
 pub use shared::{Shared, SharedIndex};
