@@ -19,8 +19,9 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from qpair.errors import ConfigError, NoSuchFile, QpairError, from_errno
 from qpair.rpc.dispatch import call
@@ -40,8 +41,7 @@ ENTRIES_MAX = 65536
 _COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|/\*.*?\*/|//[^\n]*', re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One call of a configuration, and where it stands."""
 
     subsystem: str
@@ -54,12 +54,11 @@ class Entry:
         return f"subsystem {self.subsystem!r:.80}, entry {self.number}, method {self.method!r:.80}"
 
 
-@dataclass(slots=True)
-class Config:
+class Config(msgspec.Struct):
     """A parsed configuration: its calls in order, not yet called."""
 
     source: str
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry] = msgspec.field(default_factory=list)
 
 
 def read(path: str | os.PathLike[str]) -> Config:

@@ -7,7 +7,6 @@ A room's subsystem is a class derived from `qpair.app.subsystems.Subsystem`, mad
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from qpair.app.inert import inert_subsystem
@@ -27,7 +26,7 @@ RPC_MODULES = ("qpair.app.rpc", "qpair.bdev.rpc", "qpair.virtio.rpc", "qpair.vho
 
 def make_subsystems() -> tuple[list[Subsystem], dict[str, Any]]:
     """Fresh subsystems of one stack, and those that it shows as attributes. Names and dependencies are SPDK's."""
-    attributes = {attribute: getattr(import_module(module), name)() for attribute, module, name in ROOMS if find_spec(module)}
+    attributes = {attribute: getattr(import_module(module), name)() for attribute, module, name in ROOMS}
     inert = [
         inert_subsystem("keyring"),
         inert_subsystem("iobuf"),
@@ -46,5 +45,4 @@ def make_subsystems() -> tuple[list[Subsystem], dict[str, Any]]:
 def load_rpc() -> None:
     """Import every room's declared methods."""
     for module in RPC_MODULES:
-        if find_spec(module):
-            import_module(module)
+        import_module(module)

@@ -7,7 +7,6 @@ by 1000, as disks are sold. Upper and lower case are the same. Errors: `InvalidA
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from qpair.errors import InvalidArgument
 
@@ -28,11 +27,12 @@ def parse_size(size: int | str, *, what: str = "size") -> int:
         match = _SIZE.fullmatch(size)
         if match is None:
             raise InvalidArgument(f"{what} {size!r:.64} is not a size: write 4096, '64MiB' or '10GB'")
-        number, letter, suffix = Fraction(match[1]), (match[2] or "").lower(), (match[3] or "").lower()
-        exact = number * (1000 if suffix == "b" else 1024) ** _POWERS[letter] if letter else number
-        if exact.denominator != 1:
+        whole, _, decimals = match[1].partition(".")
+        letter, suffix = (match[2] or "").lower(), (match[3] or "").lower()
+        unit = (1000 if suffix == "b" else 1024) ** _POWERS[letter] if letter else 1
+        value, rest = divmod(int(whole + decimals) * unit, 10 ** len(decimals))
+        if rest:
             raise InvalidArgument(f"{what} {size!r:.64} is not a whole number of bytes")
-        value = exact.numerator
     if not 0 <= value <= BYTES_MAX:
         raise InvalidArgument(f"{what} {size!r:.64} is not from 0 to {BYTES_MAX} bytes")
     return value

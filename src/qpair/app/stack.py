@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from qpair.bdev.perf import PerfResult, PerfRun
     from qpair.bdev.python import Bdev
     from qpair.rpc.server import RpcServer
+    from qpair.vhost.control import VhostSubsystem
+    from qpair.virtio.control import VirtioSubsystem
 
 __all__ = ["Stack"]
 
@@ -55,8 +57,8 @@ class Stack:
     """
 
     bdevs: BdevSubsystem
-    vhost: Any
-    virtio: Any
+    vhost: VhostSubsystem
+    virtio: VirtioSubsystem
 
     def __init__(
         self,

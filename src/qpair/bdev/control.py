@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
+
+import msgspec
 
 from qpair.app.sizes import parse_size
 from qpair.app.subsystems import ConfigEntry, Subsystem
@@ -30,13 +31,12 @@ __all__ = ["BdevSubsystem", "new_uuid"]
 BLOCK_SIZE_MAX = 1 << 20
 
 
-@dataclass(slots=True)
-class Record:
+class Record(msgspec.Struct):
     """How one bdev was made: the call, and what the file kinds show of it."""
 
     method: str
     params: dict[str, Any]
-    shown: dict[str, Any] = field(default_factory=dict)
+    shown: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class SimpleModule:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
@@ -40,8 +41,7 @@ IO_TYPES = (
 QOS_LIMITS = ("rw_ios_per_sec", "rw_mbytes_per_sec", "r_mbytes_per_sec", "w_mbytes_per_sec")
 
 
-@dataclass(frozen=True, slots=True)
-class BdevInfo:
+class BdevInfo(msgspec.Struct, frozen=True):
     """A snapshot of one bdev. Sizes in bytes unless named otherwise."""
 
     name: str

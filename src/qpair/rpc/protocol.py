@@ -15,7 +15,6 @@ Limits: 1024 requests in a batch; integers of 4300 digits.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -28,8 +27,7 @@ BATCH_MAX = 1024
 _MEMBERS = frozenset(("jsonrpc", "method", "params", "id"))
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One request. ``wants_reply`` is false for a notification."""
 
     method: str
@@ -39,8 +37,7 @@ class Call:
     duplicates: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True):
     """One thing that is no request, and its answer."""
 
     code: int
@@ -48,8 +45,7 @@ class Refusal:
     id: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """What one document holds. ``fatal``: the stream cannot be trusted after it."""
 
     items: list[Call | Refusal]
@@ -64,19 +60,23 @@ class _Object(dict[str, Any]):
     duplicates: tuple[str, ...]
 
 
-@dataclass(slots=True)
-class _Duplicates:
-    found: list[str] = field(default_factory=list)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    found = _Object(plain)
+    found.duplicates = _repeated([name for name, _ in pairs])
+    return found
 
-    def hook(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        plain = dict(pairs)
-        if len(plain) == len(pairs):
-            return plain
-        seen: set[str] = set()
-        twice = tuple(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        found = _Object(plain)
-        found.duplicates = twice
-        return found
+
+def _repeated(names: list[str]) -> tuple[str, ...]:
+    seen: set[str] = set()
+    twice: dict[str, None] = {}
+    for name in names:
+        if name in seen:
+            twice[name] = None
+        seen.add(name)
+    return tuple(twice)
 
 
 def _refuse_constant(text: str) -> Any:
@@ -85,7 +85,7 @@ def _refuse_constant(text: str) -> Any:
 
 def loads(document: bytes) -> Any:
     """Strict JSON: UTF-8, no NaN. Objects that repeat a name come back as such (`duplicates_in`)."""
-    return json.loads(document.decode("utf-8"), object_pairs_hook=_Duplicates().hook, parse_constant=_refuse_constant)
+    return json.loads(document.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
 def duplicates_in(value: Any) -> tuple[str, ...]:
