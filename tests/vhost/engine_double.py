@@ -192,9 +192,7 @@ class VhostEngine(Engine):
         return self.finish("vhost_reset_device", session=session)
 
     # the initiator's side
-    def bdev_virtio_create(
-        self, name: str, *, features: int, config: bytes, memory: Any, queues: Sequence[tuple[int, int, int]]
-    ) -> int:
+    def bdev_virtio_create(self, name: str, *, features: int, config: bytes, memory: Any, queues: Sequence[tuple[int, int, int]]) -> int:
         capacity = int.from_bytes(config[:8], "little")
         self.bdev_null_create(name, num_blocks=capacity, block_size=512)
         self.disks[name].module = "virtio"

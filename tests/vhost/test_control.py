@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vhost.conftest import eventually
-from vhost.engine_double import VhostEngine
-from vhost.peer import Peer
 
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, InvalidParameters, NoSuchBdev, NoSuchController, NoSuchFile
 from qpair.vhost import messages as m
 from qpair.vhost.listener import PATH_BYTES_MAX
+from vhost.conftest import eventually
+from vhost.engine_double import VhostEngine
+from vhost.peer import Peer
 
 
 async def refused(path: str) -> bool:
@@ -237,9 +237,9 @@ async def test_rpc_errors_carry_spdks_codes(recording_stack: Any, controller: An
 async def test_coalescing_is_remembered_shown_and_said_to_have_no_effect(
     recording_stack: Any, controller: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(InvalidArgument, match="^iops_threshold is 0, it must be at least 1$"):
+    with pytest.raises(InvalidArgument, match=r"^iops_threshold is 0, it must be at least 1$"):
         await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=10, iops_threshold=0)
-    with pytest.raises(InvalidArgument, match="^delay_base_us is 1000001, the limit is 1000000$"):
+    with pytest.raises(InvalidArgument, match=r"^delay_base_us is 1000001, the limit is 1000000$"):
         await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=1_000_001, iops_threshold=1)
     with caplog.at_level(logging.WARNING, logger="qpair.vhost"):
         await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=10, iops_threshold=1000)

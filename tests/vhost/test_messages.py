@@ -204,7 +204,10 @@ def test_a_short_configuration_head_is_refused() -> None:
 
 
 def test_an_avail_index_past_16_bits_is_refused() -> None:
-    assert str(refusal(message(Request.SET_VRING_BASE, struct.pack("<II", 0, 65536)))) == "SET_VRING_BASE: base is 65536, must be at most 65535"
+    assert (
+        str(refusal(message(Request.SET_VRING_BASE, struct.pack("<II", 0, 65536))))
+        == "SET_VRING_BASE: base is 65536, must be at most 65535"
+    )
 
 
 def test_an_enable_that_is_neither_zero_nor_one_is_refused() -> None:
@@ -316,7 +319,9 @@ requests = st.one_of(
     st.builds(m.SetVringAddr, u32, u32, u64, u64, u64, u64),
     st.builds(m.SetVringKick.of, st.integers(0, 255), has_fd=st.booleans()),
     st.builds(m.SetVringEnable, u32, st.integers(0, 1)),
-    st.integers(0, 256).flatmap(lambda size: st.builds(m.SetConfig, st.integers(0, 256 - size), st.just(size), u32, st.binary(min_size=size, max_size=size))),
+    st.integers(0, 256).flatmap(
+        lambda size: st.builds(m.SetConfig, st.integers(0, 256 - size), st.just(size), u32, st.binary(min_size=size, max_size=size))
+    ),
     st.builds(m.SetInflightFd, st.integers(0, 2**63), st.integers(0, 2**62), u16, u16),
 )
 

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from doubles.engine import EngineError
-from vhost.conftest import eventually
-from vhost.engine_double import FEATURES, VhostEngine
-from vhost.peer import ALL_PROTOCOL_FEATURES, PROTOCOL_FEATURES_BIT, Peer, with_files
 
+from doubles.engine import EngineError
 from qpair.vhost import messages as m
 from qpair.vhost.framing import Request
 from qpair.vhost.protocol import OFFERED
+from vhost.conftest import eventually
+from vhost.engine_double import FEATURES, VhostEngine
+from vhost.peer import ALL_PROTOCOL_FEATURES, PROTOCOL_FEATURES_BIT, Peer, with_files
 
 pytestmark = pytest.mark.usefixtures("recording_stack")
 
@@ -334,9 +334,7 @@ async def test_a_front_end_that_leaves_is_no_error(peer: Peer, controller: Any, 
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_the_socket_stays_open_until_the_engine_has_let_go_of_the_memory(
-    peer: Peer, recorder: VhostEngine
-) -> None:
+async def test_the_socket_stays_open_until_the_engine_has_let_go_of_the_memory(peer: Peer, recorder: VhostEngine) -> None:
     await peer.agree()
     recorder.held.add("vhost_session_close")
     recorder.fail("failed", "queue 0: descriptor 5 loops")
