@@ -39,7 +39,7 @@ test: ready test-rust test-python
 test-rust:
 	$(CARGO_TEST)
 test-python: ready
-	$(BIN)/python -m pytest
+	QPAIR_TEST_ENGINE=real $(BIN)/python -m pytest
 
 ## make lint       ruff, mypy, stubtest, clippy, rustfmt
 lint: $(ENGINE)

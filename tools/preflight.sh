@@ -3,10 +3,21 @@
 python=$1
 missing=0
 lacks() { echo "qpair: $1" >&2; missing=1; }
-command -v "$python" >/dev/null || lacks "no $python: install Python 3.11 or newer (Debian: apt-get install python3 python3-venv)"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+
+if ! command -v "$python" >/dev/null; then
+  lacks "no $python: install Python 3.11 or newer (Debian: apt-get install python3 python3-venv)"
+elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   lacks "$python is older than 3.11: name a newer one by \`make PYTHON=python3.11 ...\`"
-"$python" -c 'import venv, ensurepip' 2>/dev/null || lacks "$python has no venv module (Debian: apt-get install python3-venv)"
-command -v cargo >/dev/null || lacks "no cargo: install Rust 1.85 or newer by rustup"
+elif ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+  lacks "$python has no venv module (Debian: apt-get install python3-venv)"
+fi
+
+if ! command -v cargo >/dev/null; then
+  lacks "no cargo: install Rust 1.85 or newer by rustup"
+else
+  # "cargo 1.95.0 (...)": Debian 12's own is 1.63 and does not know this edition.
+  minor=$(cargo --version | sed -n 's/^cargo 1\.\([0-9]*\)\..*/\1/p')
+  [ "${minor:-0}" -ge 85 ] || lacks "$(cargo --version) is older than 1.85: install a newer Rust by rustup"
+fi
 command -v gcc >/dev/null || lacks "no gcc, which Rust links by (Debian: apt-get install gcc libc6-dev)"
 exit $missing
