@@ -1,0 +1,593 @@
+//! One running ring on its reactor: takes requests, submits them in batches, puts back what is done.
+//!
+//! **Each request is answered exactly once.** A head is accepted only if it is not in flight ([`Broken::InFlight`]), and is
+//! then in flight until its last I/O was reaped; reaping is exactly once by the layer's contract, and only there the used
+//! entry is written. A ring that drains takes nothing more and stops when nothing is in flight; so no used entry, no
+//! status and no data are written after it said it was quiet. A ring that failed writes nothing more at all.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use qpair_bdev::{ChannelId, IoId, Layer, Op, QueueId};
+use qpair_memory::{GuestMemory, Place};
+use qpair_reactor::driver::WatchId;
+use qpair_reactor::event::Event;
+use qpair_reactor::log::{self, Level};
+use qpair_reactor::{Poller, PollerId, Reactor};
+use qpair_wire::nvme::Status;
+use qpair_wire::virtio_blk::{BlkStatus, ID_BYTES, RequestHeader, RequestType, SECTOR_BYTES, Segment};
+use zerocopy::FromBytes;
+
+use crate::config::{RANGES_MAX, serial};
+use crate::inflight::InflightQueue;
+use crate::request::{self, Request};
+use crate::session::Setup;
+use crate::{Broken, SplitRing, VhostError};
+
+/// Requests taken between two looks at what is done: small enough that the guest gets answers while we work on.
+const CHUNK: u16 = 32;
+/// Chunks a poll, so that one ring cannot starve its neighbours.
+const CHUNKS: usize = 8;
+/// How far ahead descriptors are fetched.
+const AHEAD: u16 = 4;
+
+/// What a ring is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum QueueState {
+    /// Not on any reactor.
+    Stopped,
+    /// Serving.
+    Running,
+    /// Takes nothing new.
+    Draining,
+    /// Its driver broke a rule.
+    Failed,
+}
+
+/// A ring's figures, readable from any thread; updated once a poll.
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct QueueStats {
+    state: AtomicU8,
+    pub requests: AtomicU64,
+    pub kicks: AtomicU64,
+    pub interrupts: AtomicU64,
+    pub inflight: AtomicU64,
+    pub avail_idx: AtomicU64,
+    pub used_idx: AtomicU64,
+}
+
+impl QueueStats {
+    /// What the ring is doing.
+    pub fn state(&self) -> QueueState {
+        match self.state.load(Ordering::Acquire) {
+            0 => QueueState::Stopped,
+            1 => QueueState::Running,
+            2 => QueueState::Draining,
+            _ => QueueState::Failed,
+        }
+    }
+
+    pub(crate) fn set_state(&self, state: QueueState) {
+        self.state.store(state as u8, Ordering::Release);
+    }
+}
+
+/// What is kept of a request while it is in flight. Indexed by head.
+#[derive(Clone, Copy, Default)]
+struct Slot {
+    status: Place,
+    written: u32,
+    /// I/Os not yet reaped; 0: the head is not in flight.
+    pending: u32,
+    failed: Option<Status>,
+}
+
+/// Told when a draining ring has stopped, with the avail index it would take next.
+pub(crate) type Stopped = Box<dyn FnOnce(&mut Reactor, u16)>;
+
+/// See the module's doc.
+pub(crate) struct Queue {
+    setup: Setup,
+    ring: SplitRing,
+    memory: GuestMemory,
+    inflight_region: Option<InflightQueue>,
+    /// Heads a predecessor had not answered, to be submitted first.
+    resubmit: Vec<u16>,
+    slots: Vec<Slot>,
+    layer: Rc<RefCell<Layer>>,
+    channel: ChannelId,
+    completions: QueueId,
+    poller: PollerId,
+    watch: Option<WatchId>,
+    state: QueueState,
+    inflight: u32,
+    batch: Vec<IoId>,
+    done: Vec<IoId>,
+    block_shift: u32,
+    stopped: Option<Stopped>,
+}
+
+/// The poller; the queue itself is shared with those who stop it.
+struct QueuePoller(Rc<RefCell<Queue>>);
+
+impl Queue {
+    /// Puts a ring to work on this reactor.
+    pub(crate) fn start(reactor: &mut Reactor, setup: Setup) -> Result<Rc<RefCell<Self>>, VhostError> {
+        let memory = setup.memory()?;
+        let mut ring = SplitRing::new(&memory, setup.size, setup.addresses, setup.base, setup.event_idx)?;
+        let mut inflight_region = setup.inflight.as_ref().map(|region| region.queue(setup.index, ring.size())).transpose()?;
+        let mut resubmit = Vec::new();
+        if let Some(region) = &mut inflight_region {
+            let recovered = region.recover(ring.next_used())?;
+            resubmit = recovered.heads;
+            if recovered.used_before {
+                ring.resume_after(resubmit.len() as u16);
+            }
+        }
+        let layer = Layer::of(reactor);
+        let info = setup.descriptor.info().ok_or_else(|| VhostError::NoSuch(format!("bdev {}", setup.descriptor.name())))?;
+        let channel = setup.descriptor.channel(reactor, &mut layer.borrow_mut())?;
+        let poller = reactor.reserve_poller(format!("vhost_{}_{}", setup.name, setup.index));
+        let waker = reactor.waker(poller).ok_or_else(|| VhostError::State("no poller".into()))?;
+        let completions = layer.borrow_mut().add_queue(waker);
+        let watch = setup.kick.as_ref().map(|kick| reactor.watch(kick, poller)).transpose();
+        let watch = watch.map_err(|error| VhostError::Os("watch the kick descriptor", error))?;
+        let size = ring.size();
+        setup.stats.set_state(QueueState::Running);
+        let queue = Rc::new(RefCell::new(Self {
+            ring,
+            memory,
+            inflight_region,
+            resubmit,
+            slots: vec![Slot::default(); usize::from(size)],
+            layer,
+            channel,
+            completions,
+            poller,
+            watch,
+            state: QueueState::Running,
+            inflight: 0,
+            batch: Vec::with_capacity(usize::from(CHUNK) * RANGES_MAX),
+            done: Vec::with_capacity(1024),
+            block_shift: info.block_size.trailing_zeros(),
+            stopped: None,
+            setup,
+        }));
+        reactor.install_poller(poller, Box::new(QueuePoller(queue.clone())));
+        Ok(queue)
+    }
+
+    /// Takes nothing new; `stopped` is called when all is answered and everything is let go of.
+    pub(crate) fn stop(&mut self, reactor: &mut Reactor, abort_after_ns: u64, stopped: Stopped) {
+        self.stopped = Some(stopped);
+        if self.state == QueueState::Running {
+            self.set_state(QueueState::Draining);
+        }
+        if let Some(waker) = reactor.waker(self.poller) {
+            waker.wake();
+        }
+        let (poller, layer, completions) = (self.poller, self.layer.clone(), self.completions);
+        reactor.after(abort_after_ns, move |reactor| {
+            if reactor.waker(poller).is_some() {
+                let mut layer = layer.borrow_mut();
+                layer.abort_queue(reactor, completions);
+            }
+        });
+    }
+
+    /// Another descriptor to interrupt by.
+    pub(crate) fn set_call(&mut self, call: Option<Event>) {
+        self.setup.call = call;
+        // What was done while nobody could be told is told now: a spurious interrupt is harmless.
+        self.interrupt();
+    }
+
+    fn set_state(&mut self, state: QueueState) {
+        self.state = state;
+        self.setup.stats.set_state(state);
+    }
+
+    fn poll(&mut self, reactor: &mut Reactor) -> usize {
+        let layer = self.layer.clone();
+        let mut layer = layer.borrow_mut();
+        let mut work = 0;
+        if self.state == QueueState::Running && self.vanished() {
+            self.fail(Broken::MemoryVanished);
+        }
+        for _ in 0..CHUNKS {
+            work += self.put_back(&mut layer, reactor);
+            if self.state != QueueState::Running {
+                break;
+            }
+            match self.take(&mut layer, reactor) {
+                Ok(0) => break,
+                Ok(count) => work += count,
+                Err(broken) => self.fail(broken),
+            }
+        }
+        if work > 0 {
+            if self.state != QueueState::Failed && self.ring.wants_interrupt() {
+                self.interrupt();
+            }
+            self.book();
+        }
+        work
+    }
+
+    #[inline]
+    fn vanished(&self) -> bool {
+        self.memory.is_dead() || self.setup.inflight.as_ref().is_some_and(|region| region.is_dead())
+    }
+
+    fn interrupt(&mut self) {
+        if let Some(call) = &self.setup.call {
+            call.notify();
+            self.setup.stats.interrupts.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn book(&self) {
+        let stats = &self.setup.stats;
+        stats.inflight.store(u64::from(self.inflight), Ordering::Relaxed);
+        stats.avail_idx.store(u64::from(self.ring.next_avail()), Ordering::Relaxed);
+        stats.used_idx.store(u64::from(self.ring.next_used()), Ordering::Relaxed);
+    }
+
+    /// Reaps, writes statuses and used entries, and shows them to the driver.
+    #[inline]
+    fn put_back(&mut self, layer: &mut Layer, reactor: &mut Reactor) -> usize {
+        layer.reap(reactor, self.completions, &mut self.done);
+        if self.done.is_empty() {
+            return 0;
+        }
+        let count = self.done.len();
+        let used = self.ring.next_used();
+        for position in 0..count {
+            let id = self.done[position];
+            let head = layer.retrieve(id).tag as u16;
+            let status = layer.io(id).status;
+            layer.give_back(id);
+            let slot = &mut self.slots[usize::from(head)];
+            slot.pending -= 1;
+            if status.is_error() && slot.failed.is_none() {
+                slot.failed = Some(status);
+            }
+            if slot.pending == 0 {
+                let answer = slot.failed.map_or(BlkStatus::OK, |status| status.row().virtio);
+                self.inflight -= 1;
+                self.answer(head, answer);
+            }
+        }
+        self.done.clear();
+        self.show(used);
+        count
+    }
+
+    /// Publishes what was pushed since the used index was `before`.
+    #[inline]
+    fn show(&mut self, before: u16) {
+        if self.ring.next_used() == before || self.state == QueueState::Failed {
+            return;
+        }
+        self.ring.publish();
+        if let Some(region) = &mut self.inflight_region {
+            region.end_batch(self.ring.next_used());
+        }
+        let count = self.ring.next_used().wrapping_sub(before);
+        self.setup.stats.requests.fetch_add(u64::from(count), Ordering::Relaxed);
+    }
+
+    /// Writes the status byte and a used entry; nothing if the ring has failed.
+    #[inline]
+    fn answer(&mut self, head: u16, status: BlkStatus) {
+        if self.state == QueueState::Failed {
+            return;
+        }
+        let slot = &self.slots[usize::from(head)];
+        let (region, offset) = self.memory.at(slot.status);
+        // The place was checked against this table when the request was taken.
+        let _ = region.write(offset, &[status.0]);
+        let written = if status == BlkStatus::OK { slot.written } else { 1 };
+        if let Some(region) = &mut self.inflight_region {
+            region.add_done(head);
+        }
+        self.ring.push_used(head, written);
+    }
+
+    /// Takes a chunk of requests and submits it. Returns how many were taken.
+    #[inline]
+    fn take(&mut self, layer: &mut Layer, reactor: &mut Reactor) -> Result<usize, Broken> {
+        if !self.resubmit.is_empty() {
+            return self.take_resubmitted(layer, reactor);
+        }
+        let count = self.ring.waiting()?.min(CHUNK);
+        if count == 0 {
+            return Ok(0);
+        }
+        for ahead in 0..count.min(AHEAD) {
+            self.ring.prefetch(self.ring.peek(ahead));
+        }
+        let used = self.ring.next_used();
+        let mut taken = 0;
+        let mut outcome = Ok(());
+        while taken < count {
+            if taken + AHEAD < count {
+                self.ring.prefetch(self.ring.peek(taken + AHEAD));
+            }
+            let head = self.ring.peek(taken);
+            match self.accept(layer, head, true) {
+                Ok(true) => taken += 1,
+                Ok(false) => break,
+                Err(broken) => {
+                    outcome = Err(broken);
+                    break;
+                }
+            }
+        }
+        self.ring.advance(taken);
+        self.submit(layer, reactor);
+        self.show(used);
+        outcome.map(|()| usize::from(taken))
+    }
+
+    fn take_resubmitted(&mut self, layer: &mut Layer, reactor: &mut Reactor) -> Result<usize, Broken> {
+        let used = self.ring.next_used();
+        let heads = std::mem::take(&mut self.resubmit);
+        let mut taken = 0;
+        for (position, head) in heads.iter().enumerate() {
+            if !self.accept(layer, *head, false)? {
+                self.resubmit = heads[position..].to_vec();
+                break;
+            }
+            taken += 1;
+        }
+        self.submit(layer, reactor);
+        self.show(used);
+        Ok(taken)
+    }
+
+    #[inline]
+    fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
+        if !self.batch.is_empty() {
+            layer.submit(reactor, self.channel, &self.batch);
+            self.batch.clear();
+            layer.unplug(reactor);
+        }
+    }
+
+    /// Makes I/Os of one request, or answers it at once. False: no I/O is free, try again later.
+    #[inline]
+    fn accept(&mut self, layer: &mut Layer, head: u16, mark: bool) -> Result<bool, Broken> {
+        if self.slots.get(usize::from(head)).is_some_and(|slot| slot.pending > 0) {
+            return Err(Broken::InFlight { head });
+        }
+        let Some(id) = layer.take() else { return Ok(false) };
+        let io = layer.io_mut(id);
+        let parsed = request::parse(&self.ring, &self.memory, head, self.setup.indirect, &mut io.list);
+        let request = match parsed {
+            Ok(request) => request,
+            Err(broken) => {
+                layer.give_back(id);
+                return Err(broken);
+            }
+        };
+        self.slots[usize::from(head)] = Slot { status: request.status, written: 1, pending: 0, failed: None };
+        if mark && let Some(region) = &mut self.inflight_region {
+            region.mark(head);
+        }
+        match self.prepare(layer, id, head, &request) {
+            Ok(()) => {
+                self.inflight += 1;
+                Ok(true)
+            }
+            Err(Refused::Answer(status)) => {
+                layer.give_back(id);
+                self.answer(head, status);
+                Ok(true)
+            }
+            Err(Refused::NoRoom) => {
+                layer.give_back(id);
+                Ok(false)
+            }
+        }
+    }
+
+    /// Fills in the I/O (and more of them, for several ranges) and puts it on the batch.
+    #[inline]
+    fn prepare(&mut self, layer: &mut Layer, id: IoId, head: u16, request: &Request) -> Result<(), Refused> {
+        let bad = Refused::Answer(BlkStatus::IOERR);
+        match request.header.kind() {
+            RequestType::IN if request.readable == 0 => self.transfer(layer, id, head, Op::Read, &request.header, request.writable),
+            RequestType::OUT if request.writable == 0 => self.transfer(layer, id, head, Op::Write, &request.header, request.readable),
+            RequestType::IN | RequestType::OUT => Err(bad),
+            RequestType::FLUSH => {
+                let io = layer.io_mut(id);
+                (io.op, io.lba, io.blocks) = (Op::Flush, 0, 0);
+                io.list.clear();
+                self.enlist(layer, id, head);
+                Ok(())
+            }
+            RequestType::GET_ID => Err(Refused::Answer(self.write_id(layer, id, head, request))),
+            RequestType::DISCARD => self.ranges(layer, id, head, Op::Unmap, request),
+            RequestType::WRITE_ZEROES => self.ranges(layer, id, head, Op::WriteZeroes, request),
+            _ => Err(Refused::Answer(BlkStatus::UNSUPP)),
+        }
+    }
+
+    #[inline]
+    fn enlist(&mut self, layer: &mut Layer, id: IoId, head: u16) {
+        layer.io_mut(id).push(self.completions, u64::from(head));
+        self.slots[usize::from(head)].pending += 1;
+        self.batch.push(id);
+    }
+
+    #[inline]
+    fn transfer(&mut self, layer: &mut Layer, id: IoId, head: u16, op: Op, header: &RequestHeader, bytes: u64) -> Result<(), Refused> {
+        let bad = Refused::Answer(BlkStatus::IOERR);
+        let mask = (1u64 << self.block_shift) - 1;
+        let sectors_shift = self.block_shift - SECTOR_BYTES.trailing_zeros();
+        let sector = header.sector.get();
+        let aligned = bytes & mask == 0 && sector & ((1 << sectors_shift) - 1) == 0;
+        if bytes == 0 || !aligned || (op == Op::Write && self.setup.readonly) {
+            return Err(bad);
+        }
+        let io = layer.io_mut(id);
+        (io.op, io.lba, io.blocks) = (op, sector >> sectors_shift, bytes >> self.block_shift);
+        if op == Op::Read {
+            // The used length covers the status byte too (2.7.8); a longer one cannot be told in 32 bits.
+            self.slots[usize::from(head)].written = u32::try_from(bytes + 1).unwrap_or(u32::MAX);
+        }
+        self.enlist(layer, id, head);
+        Ok(())
+    }
+
+    /// Discard and write-zeroes: one I/O for each range (5.2.6).
+    fn ranges(&mut self, layer: &mut Layer, first: IoId, head: u16, op: Op, request: &Request) -> Result<(), Refused> {
+        let bad = Refused::Answer(BlkStatus::IOERR);
+        let count = (request.readable / 16) as usize;
+        let whole = request.readable.is_multiple_of(16) && request.writable == 0 && (1..=RANGES_MAX).contains(&count);
+        if self.setup.readonly || !whole {
+            return Err(bad);
+        }
+        let mut bytes = [0u8; 16 * RANGES_MAX];
+        gather(&layer.io(first).list, &mut bytes[..16 * count]).map_err(|()| Refused::Answer(BlkStatus::IOERR))?;
+        let sectors_shift = self.block_shift - SECTOR_BYTES.trailing_zeros();
+        let mut ranges = [(0u64, 0u64, false); RANGES_MAX];
+        for (range, bytes) in ranges.iter_mut().zip(bytes.chunks_exact(16)).take(count) {
+            let segment = Segment::read_from_bytes(bytes).unwrap_or_default();
+            let (sector, sectors, flags) = (segment.sector.get(), u64::from(segment.num_sectors.get()), segment.flags.get());
+            if flags & !1 != 0 || (op == Op::Unmap && flags != 0) {
+                return Err(Refused::Answer(BlkStatus::UNSUPP));
+            }
+            if (sector | sectors) & ((1 << sectors_shift) - 1) != 0 {
+                return Err(bad);
+            }
+            *range = (sector >> sectors_shift, sectors >> sectors_shift, flags & 1 != 0);
+        }
+        if layer.ios().1 < count {
+            return Err(Refused::NoRoom);
+        }
+        layer.io_mut(first).list.clear();
+        for (position, (lba, blocks, unmap)) in ranges[..count].iter().enumerate() {
+            let id = if position == 0 { first } else { layer.take().ok_or(Refused::NoRoom)? };
+            let io = layer.io_mut(id);
+            (io.op, io.lba, io.blocks) = (op, *lba, *blocks);
+            io.flags.set(qpair_bdev::IoFlags::NO_UNMAP, op == Op::WriteZeroes && !unmap);
+            self.enlist(layer, id, head);
+        }
+        Ok(())
+    }
+
+    /// GET_ID: the serial into the data buffer, as much as fits.
+    fn write_id(&mut self, layer: &mut Layer, id: IoId, head: u16, request: &Request) -> BlkStatus {
+        let Some(info) = self.setup.descriptor.info() else { return BlkStatus::IOERR };
+        if request.readable != 0 || request.writable == 0 {
+            return BlkStatus::IOERR;
+        }
+        let serial = serial(&info);
+        let mut rest = &serial[..ID_BYTES.min(request.writable as usize)];
+        self.slots[usize::from(head)].written = rest.len() as u32 + 1;
+        for entry in &layer.io(id).list {
+            let (now, later) = rest.split_at(rest.len().min(entry.length as usize));
+            if entry.region.write(entry.offset, now).is_err() {
+                return BlkStatus::IOERR;
+            }
+            rest = later;
+        }
+        BlkStatus::OK
+    }
+
+    /// Ends the queue by name. What is in flight is still reaped, and no longer answered.
+    #[cold]
+    pub(crate) fn fail(&mut self, broken: Broken) {
+        log::say(Level::Warning, "vhost", format_args!("{} queue {}: {broken}; the queue is stopped", self.setup.name, self.setup.index));
+        self.set_state(QueueState::Failed);
+        if let Some(err) = &self.setup.err {
+            err.notify();
+        }
+        (self.setup.failed)(self.setup.index, broken);
+    }
+
+    /// Stops for good when draining is over. True: it was the end.
+    fn end_if_drained(&mut self, reactor: &mut Reactor) -> bool {
+        if self.stopped.is_none() || self.inflight > 0 {
+            return false;
+        }
+        let Some(stopped) = self.stopped.take() else { return false };
+        if let Some(watch) = self.watch.take() {
+            reactor.unwatch(watch);
+        }
+        {
+            let mut layer = self.layer.borrow_mut();
+            layer.remove_queue(self.completions);
+            layer.close_channel(reactor, self.channel);
+        }
+        reactor.remove_poller(self.poller);
+        let base = self.ring.next_avail();
+        self.set_state(QueueState::Stopped);
+        self.setup.stats.inflight.store(0, Ordering::Relaxed);
+        // Holds on guest memory go before anybody is told that it is quiet.
+        self.memory = GuestMemory::default();
+        self.slots.clear();
+        stopped(reactor, base);
+        true
+    }
+}
+
+enum Refused {
+    Answer(BlkStatus),
+    NoRoom,
+}
+
+/// Copies a list's first bytes out.
+fn gather(list: &[qpair_memory::Sge], into: &mut [u8]) -> Result<(), ()> {
+    let mut at = 0;
+    for entry in list {
+        let step = (into.len() - at).min(entry.length as usize);
+        entry.region.read(entry.offset, &mut into[at..at + step]).map_err(|_| ())?;
+        at += step;
+    }
+    if at == into.len() { Ok(()) } else { Err(()) }
+}
+
+impl Poller for QueuePoller {
+    fn poll(&mut self, reactor: &mut Reactor) -> usize {
+        let mut queue = self.0.borrow_mut();
+        let work = queue.poll(reactor);
+        if queue.stopped.is_some() && queue.end_if_drained(reactor) {
+            return work + 1;
+        }
+        work
+    }
+
+    fn arm(&mut self, _: &mut Reactor) -> bool {
+        let mut queue = self.0.borrow_mut();
+        if queue.state != QueueState::Running {
+            return true;
+        }
+        // Without a kick there is nothing to be woken by.
+        queue.resubmit.is_empty() && queue.ring.arm() && queue.watch.is_some()
+    }
+
+    fn disarm(&mut self, _: &mut Reactor) {
+        let mut queue = self.0.borrow_mut();
+        if queue.state == QueueState::Running {
+            queue.ring.disarm();
+            queue.setup.stats.kicks.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn poisoned(&mut self, reactor: &mut Reactor, why: &str) {
+        let mut queue = self.0.borrow_mut();
+        queue.fail(Broken::Internal(why.to_owned()));
+        // A new poller reaps what is still in flight, so that the queue can be stopped in order.
+        queue.poller = reactor.reserve_poller(format!("vhost_{}_{}_failed", queue.setup.name, queue.setup.index));
+        if let Some(waker) = reactor.waker(queue.poller) {
+            queue.layer.borrow_mut().set_waker(queue.completions, waker);
+        }
+        reactor.install_poller(queue.poller, Box::new(QueuePoller(self.0.clone())));
+    }
+}

@@ -1,0 +1,165 @@
+//! One virtio-blk request out of a chain of descriptors (Virtio 1.2, 2.7.5 and 5.2.6).
+//!
+//! A chain is what the device reads, then what it writes. The first 16 bytes read are the header, the last byte
+//! written is the status; how the rest is cut into buffers is the driver's choice, and nothing is assumed about it.
+//! The usual cut (a header alone, data, a status alone) takes the short way through.
+
+use qpair_memory::{GuestMemory, Place, SgList};
+use qpair_wire::virtio::{Desc, DescFlags};
+use qpair_wire::virtio_blk::RequestHeader;
+use zerocopy::FromBytes;
+
+use crate::{Broken, SplitRing};
+
+/// Most data segments of a request; SEG_MAX in the configuration is less, so that an honest driver never meets it.
+pub const SEGMENTS_MAX: usize = 1024;
+
+/// What a chain asks for. Data goes to the list given to [`parse`].
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Its first bytes, copied.
+    pub header: RequestHeader,
+    /// Where the status byte goes.
+    pub status: Place,
+    /// Bytes of data the device may write, without the status.
+    pub writable: u64,
+    /// Bytes of data the device may read, without the header.
+    pub readable: u64,
+}
+
+/// Where descriptors come from: the ring's table, or an indirect one.
+enum Table<'a> {
+    Ring(&'a SplitRing),
+    Indirect { region: &'a qpair_memory::Region, offset: u64, count: u32 },
+}
+
+impl Table<'_> {
+    #[inline]
+    fn get(&self, index: u16) -> Result<Desc, Broken> {
+        match self {
+            Self::Ring(ring) => ring.descriptor(index),
+            Self::Indirect { region, offset, count } => {
+                let mut bytes = [0u8; 16];
+                if u32::from(index) >= *count || region.read(offset + 16 * u64::from(index), &mut bytes).is_err() {
+                    return Err(Broken::BadIndex { index: u32::from(index), size: *count });
+                }
+                Ok(zerocopy::transmute!(bytes))
+            }
+        }
+    }
+}
+
+/// Walks the chain at `head` and fills `data` with what is neither header nor status. `indirect`: was it negotiated?
+#[inline]
+pub fn parse(ring: &SplitRing, memory: &GuestMemory, head: u16, indirect: bool, data: &mut SgList) -> Result<Request, Broken> {
+    let first = ring.descriptor(head)?;
+    if !first.flags().contains(DescFlags::INDIRECT) {
+        return walk(&Table::Ring(ring), memory, head, first, u32::from(ring.size()), data);
+    }
+    let bad = |reason| Broken::BadIndirect { head, reason };
+    if !indirect {
+        return Err(bad("an indirect descriptor, but INDIRECT_DESC was not negotiated"));
+    }
+    if first.flags().contains(DescFlags::NEXT) {
+        return Err(bad("an indirect descriptor has a next one"));
+    }
+    let length = first.len.get();
+    if length == 0 || !length.is_multiple_of(16) || length / 16 > 32768 {
+        return Err(bad("an indirect table is empty, larger than 32768 entries, or cut off within one"));
+    }
+    let address = first.addr.get();
+    let unmapped = |_| Broken::Unmapped { head, index: 0, address, length: u64::from(length) };
+    let (region, offset) = memory.find(address, u64::from(length)).map_err(unmapped)?;
+    let table = Table::Indirect { region, offset, count: length / 16 };
+    let first = table.get(0)?;
+    walk(&table, memory, head, first, length / 16, data)
+}
+
+/// Collects a chain; `limit` is the most descriptors it can have without running in a circle.
+#[inline]
+fn walk(table: &Table<'_>, memory: &GuestMemory, head: u16, first: Desc, limit: u32, data: &mut SgList) -> Result<Request, Broken> {
+    let mut chain = Chain { head, index: 0, writing: false, readable: 0, writable: 0, header: [0; 16], have: 0, last: None };
+    let mut descriptor = first;
+    loop {
+        chain.add(memory, &descriptor, data)?;
+        if !descriptor.flags().contains(DescFlags::NEXT) {
+            return chain.finish(memory, data);
+        }
+        chain.index += 1;
+        if chain.index >= limit || data.len() > SEGMENTS_MAX {
+            return Err(Broken::TooLong { head, limit: limit.min(SEGMENTS_MAX as u32) });
+        }
+        descriptor = table.get(descriptor.next.get())?;
+    }
+}
+
+struct Chain {
+    head: u16,
+    index: u32,
+    writing: bool,
+    readable: u64,
+    writable: u64,
+    header: [u8; 16],
+    have: usize,
+    /// The last buffer to write: its address and length. Its last byte is the status.
+    last: Option<(u64, u32)>,
+}
+
+impl Chain {
+    #[inline]
+    fn add(&mut self, memory: &GuestMemory, descriptor: &Desc, data: &mut SgList) -> Result<(), Broken> {
+        let (mut address, mut length) = (descriptor.addr.get(), descriptor.len.get());
+        let (head, index) = (self.head, self.index);
+        if length == 0 {
+            return Err(Broken::Empty { head, index });
+        }
+        if descriptor.flags().contains(DescFlags::INDIRECT) {
+            return Err(Broken::BadIndirect { head, reason: "an indirect descriptor inside a chain" });
+        }
+        let unmapped = |address, length: u32| Broken::Unmapped { head, index, address, length: u64::from(length) };
+        if descriptor.flags().contains(DescFlags::WRITE) {
+            // The previous writable buffer was data after all, whole.
+            if let Some((address, length)) = self.last.replace((address, length)) {
+                memory.resolve(address, length, data).map_err(|_| unmapped(address, length))?;
+                self.writable += u64::from(length);
+            }
+            self.writing = true;
+            return Ok(());
+        }
+        if self.writing {
+            return Err(Broken::WrongOrder { head, index });
+        }
+        if self.have < 16 {
+            let step = (16 - self.have).min(length as usize);
+            let (region, offset) = memory.find(address, step as u64).map_err(|_| unmapped(address, length))?;
+            region.read(offset, &mut self.header[self.have..self.have + step]).map_err(|_| unmapped(address, length))?;
+            self.have += step;
+            (address, length) = (address.wrapping_add(step as u64), length - step as u32);
+        }
+        if length > 0 {
+            memory.resolve(address, length, data).map_err(|_| unmapped(address, length))?;
+            self.readable += u64::from(length);
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn finish(mut self, memory: &GuestMemory, data: &mut SgList) -> Result<Request, Broken> {
+        let (head, index) = (self.head, self.index);
+        if self.have < 16 {
+            return Err(Broken::TooShort { head, what: "the header", bytes: self.have as u64, least: 16 });
+        }
+        let Some((address, length)) = self.last else {
+            return Err(Broken::TooShort { head, what: "the writable part", bytes: 0, least: 1 });
+        };
+        let unmapped = |_| Broken::Unmapped { head, index, address, length: u64::from(length) };
+        if length > 1 {
+            memory.resolve(address, length - 1, data).map_err(unmapped)?;
+            self.writable += u64::from(length - 1);
+        }
+        let end = address.checked_add(u64::from(length - 1)).ok_or(Broken::Unmapped { head, index, address, length: u64::from(length) })?;
+        let status = memory.place(end, 1).map_err(unmapped)?;
+        let header = RequestHeader::read_from_bytes(&self.header).unwrap_or_default();
+        Ok(Request { header, status, writable: self.writable, readable: self.readable })
+    }
+}

@@ -1,0 +1,473 @@
+//! One front end's session with a controller: what it told us, and which rings run because of it.
+//!
+//! Rules. Commands are executed one after the other, on the home reactor. Each goes through the same steps:
+//! (1) the rings that the command concerns are stopped, each on its own reactor: drained, and let go of the memory;
+//! (2) the command takes effect; (3) every ring that should run and does not is started; (4) the answer. So an
+//! answer never leaves before the quiet it promises, and a ring never sees a setting change under it.
+//!
+//! A ring should run when it was started (a kick descriptor, or the message that there is none), is enabled, has size,
+//! addresses and memory, and has not failed. vhost-user, "Ring states".
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use qpair_bdev::Descriptor;
+use qpair_memory::{GuestMemory, GuestRegion, Mapping, Region};
+use qpair_reactor::event::Event;
+use qpair_reactor::{Fanout, Reactor};
+use qpair_wire::virtio::{Features, RingSize};
+
+use crate::queue::{Queue, QueueState, QueueStats};
+use crate::{Addresses, Broken, Controller, Inflight, Reply, VhostError};
+
+/// Where a memory region comes from.
+pub enum Source {
+    /// A descriptor, to be mapped; it is closed after that.
+    Fd(OwnedFd),
+    /// Mapped already.
+    Mapping(Arc<Mapping>),
+}
+
+/// One row of SET_MEM_TABLE.
+pub struct MemoryRow {
+    /// Guest-physical address.
+    pub guest_address: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Address in the front end.
+    pub user_address: u64,
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// What to map.
+    pub source: Source,
+}
+
+/// What a front end can ask for.
+#[allow(missing_docs)]
+pub enum Command {
+    SetFeatures(u64),
+    SetProtocolFeatures(u64),
+    SetMemTable(Vec<MemoryRow>),
+    SetVringNum { queue: u16, size: u32 },
+    SetVringAddr { queue: u16, addresses: Addresses },
+    SetVringBase { queue: u16, base: u32 },
+    GetVringBase { queue: u16 },
+    SetVringKick { queue: u16, kick: Option<Event> },
+    SetVringCall { queue: u16, call: Option<Event> },
+    SetVringErr { queue: u16, err: Option<Event> },
+    SetVringEnable { queue: u16, enabled: bool },
+    GetInflight { num_queues: u16, queue_size: u16 },
+    SetInflight { fd: OwnedFd, size: u64, offset: u64, num_queues: u16, queue_size: u16 },
+    ResetDevice,
+    /// Ends the session: everything stopped, all memory gone.
+    Close,
+}
+
+/// What a command answers.
+#[derive(Debug)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// GET_VRING_BASE.
+    Base(u16),
+    /// GET_INFLIGHT_FD: descriptor and size; the offset is 0.
+    Inflight(OwnedFd, u64),
+}
+
+/// A mapped row, kept while the session has it.
+#[derive(Clone)]
+pub(crate) struct MappedRow {
+    guest_address: u64,
+    length: u64,
+    user_address: u64,
+    offset: u64,
+    mapping: Arc<Mapping>,
+}
+
+/// Everything a ring needs to start, to be sent to its reactor.
+pub(crate) struct Setup {
+    pub(crate) name: String,
+    pub(crate) index: u16,
+    pub(crate) descriptor: Arc<Descriptor>,
+    pub(crate) size: RingSize,
+    pub(crate) addresses: Addresses,
+    pub(crate) base: u16,
+    pub(crate) event_idx: bool,
+    pub(crate) indirect: bool,
+    pub(crate) readonly: bool,
+    pub(crate) rows: Vec<MappedRow>,
+    pub(crate) kick: Option<Event>,
+    pub(crate) call: Option<Event>,
+    pub(crate) err: Option<Event>,
+    pub(crate) inflight: Option<Inflight>,
+    pub(crate) stats: Arc<QueueStats>,
+    pub(crate) failed: Arc<dyn Fn(u16, Broken) + Send + Sync>,
+}
+
+impl Setup {
+    /// This reactor's own view of the guest's memory.
+    pub(crate) fn memory(&self) -> Result<GuestMemory, VhostError> {
+        Ok(GuestMemory::new(regions(&self.rows))?)
+    }
+}
+
+fn regions(rows: &[MappedRow]) -> Vec<GuestRegion> {
+    let region = |row: &MappedRow| GuestRegion {
+        guest_address: row.guest_address,
+        user_address: row.user_address,
+        length: row.length,
+        offset: row.offset,
+        region: Region::new(row.mapping.clone()),
+    };
+    rows.iter().map(region).collect()
+}
+
+/// What is known of one ring.
+struct Ring {
+    size: Option<RingSize>,
+    addresses: Option<Addresses>,
+    base: u16,
+    kick: Option<Event>,
+    call: Option<Event>,
+    err: Option<Event>,
+    started: bool,
+    enabled: bool,
+    failed: bool,
+    running: bool,
+    stats: Arc<QueueStats>,
+}
+
+/// See the module's doc.
+pub(crate) struct Session {
+    id: u64,
+    controller: Arc<Controller>,
+    features: u64,
+    rows: Option<Vec<MappedRow>>,
+    inflight: Option<Inflight>,
+    rings: Vec<Ring>,
+    waiting: VecDeque<(Command, Reply)>,
+    busy: bool,
+    failed: Arc<dyn Fn(u16, Broken) + Send + Sync>,
+}
+
+type Shared = Rc<RefCell<Session>>;
+
+/// The sessions at home on a reactor, and the rings running on it.
+#[derive(Default)]
+struct Here {
+    sessions: RefCell<HashMap<u64, Shared>>,
+    queues: RefCell<HashMap<(u64, u16), Rc<RefCell<Queue>>>>,
+}
+
+/// Begins a session on this, its home reactor.
+pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, stats: Vec<Arc<QueueStats>>, failed: Arc<dyn Fn(u16, Broken) + Send + Sync>) {
+    let ring = |stats| Ring {
+        size: None,
+        addresses: None,
+        base: 0,
+        kick: None,
+        call: None,
+        err: None,
+        started: false,
+        enabled: true,
+        failed: false,
+        running: false,
+        stats,
+    };
+    let rings = stats.into_iter().map(ring).collect();
+    let session =
+        Session { id, controller, features: 0, rows: None, inflight: None, rings, waiting: VecDeque::new(), busy: false, failed };
+    reactor.local::<Here>().sessions.borrow_mut().insert(id, Rc::new(RefCell::new(session)));
+}
+
+/// Executes a command, after those before it.
+pub(crate) fn command(reactor: &mut Reactor, id: u64, command: Command, reply: Reply) {
+    let here = reactor.local::<Here>();
+    let session = here.sessions.borrow().get(&id).cloned();
+    let Some(session) = session else {
+        return reply(Err(VhostError::NoSuch(format!("session {id}"))));
+    };
+    session.borrow_mut().waiting.push_back((command, reply));
+    next(reactor, &session);
+}
+
+/// Begins the next command unless one is under way.
+fn next(reactor: &mut Reactor, session: &Shared) {
+    let mut state = session.borrow_mut();
+    if state.busy {
+        return;
+    }
+    let Some((command, reply)) = state.waiting.pop_front() else { return };
+    state.busy = true;
+    let concerned = state.concerned_by(&command);
+    drop(state);
+    let again = session.clone();
+    stop(reactor, session, concerned, move |reactor| {
+        let outcome = again.borrow_mut().apply(reactor, command);
+        start(reactor, &again.clone(), move |reactor, started| {
+            let closed = again.borrow().rings.is_empty();
+            if closed {
+                let id = again.borrow().id;
+                reactor.local::<Here>().sessions.borrow_mut().remove(&id);
+            }
+            again.borrow_mut().busy = false;
+            reply(outcome.and_then(|answer| started.map(|()| answer)));
+            next(reactor, &again);
+        });
+    });
+}
+
+/// Stops these rings, then goes on at home.
+fn stop(reactor: &mut Reactor, session: &Shared, concerned: Vec<u16>, then: impl FnOnce(&mut Reactor) + 'static) {
+    if concerned.is_empty() {
+        return then(reactor);
+    }
+    let bases = Arc::new(Mutex::new(Vec::new()));
+    let (id, found) = (session.borrow().id, bases.clone());
+    let after = park(reactor, session, move |reactor, session| {
+        for (index, base) in found.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let mut state = session.borrow_mut();
+            let ring = &mut state.rings[usize::from(index)];
+            (ring.base, ring.running) = (base, false);
+        }
+        then(reactor);
+    });
+    let fanout = Fanout::new(reactor.handle(), after);
+    let state = session.borrow();
+    for index in concerned {
+        let (part, bases, deadline) = (fanout.part(), bases.clone(), state.controller.drain_ns());
+        state.controller.reactor_of(index).call(move |reactor| {
+            let queue = reactor.local::<Here>().queues.borrow_mut().remove(&(id, index));
+            let Some(queue) = queue else { return };
+            let done = move |_: &mut Reactor, base| {
+                bases.lock().unwrap_or_else(PoisonError::into_inner).push((index, base));
+                drop(part);
+            };
+            queue.borrow_mut().stop(reactor, deadline, Box::new(done));
+        });
+    }
+}
+
+/// Starts every ring that should run and does not, then goes on at home with the first refusal, if any.
+fn start(reactor: &mut Reactor, session: &Shared, then: impl FnOnce(&mut Reactor, Result<(), VhostError>) + 'static) {
+    let setups = session.borrow_mut().setups();
+    let (ready, mut refused) = match setups {
+        Ok(ready) => (ready, None),
+        Err(error) => (Vec::new(), Some(error)),
+    };
+    if ready.is_empty() {
+        return then(reactor, refused.map_or(Ok(()), Err));
+    }
+    let outcomes = Arc::new(Mutex::new(Vec::new()));
+    let (id, found) = (session.borrow().id, outcomes.clone());
+    let after = park(reactor, session, move |reactor, session| {
+        for (index, outcome) in found.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let outcome: Result<(), VhostError> = outcome;
+            let mut state = session.borrow_mut();
+            let ring = &mut state.rings[usize::from(index)];
+            ring.running = outcome.is_ok();
+            if let Err(error) = outcome {
+                ring.started = false;
+                refused = refused.take().or(Some(error));
+            }
+        }
+        then(reactor, refused.map_or(Ok(()), Err));
+    });
+    let fanout = Fanout::new(reactor.handle(), after);
+    for setup in ready {
+        let (part, outcomes, index) = (fanout.part(), outcomes.clone(), setup.index);
+        session.borrow().controller.reactor_of(index).call(move |reactor| {
+            let outcome = Queue::start(reactor, setup);
+            let outcome = outcome.map(|queue| {
+                reactor.local::<Here>().queues.borrow_mut().insert((id, index), queue);
+            });
+            outcomes.lock().unwrap_or_else(PoisonError::into_inner).push((index, outcome));
+            drop(part);
+        });
+    }
+}
+
+/// Continuations hold things of the home reactor, so they stay there; what crosses threads is only their number.
+#[derive(Default)]
+struct Parked {
+    next: u64,
+    waiting: HashMap<u64, Box<dyn FnOnce(&mut Reactor)>>,
+}
+
+fn park(reactor: &mut Reactor, session: &Shared, then: impl FnOnce(&mut Reactor, &Shared) + 'static) -> impl FnOnce(&mut Reactor) + Send + 'static {
+    let parked = reactor.local::<RefCell<Parked>>();
+    let mut parked = parked.borrow_mut();
+    parked.next += 1;
+    let (number, session) = (parked.next, session.clone());
+    parked.waiting.insert(number, Box::new(move |reactor| then(reactor, &session)));
+    move |reactor: &mut Reactor| {
+        let then = reactor.local::<RefCell<Parked>>().borrow_mut().waiting.remove(&number);
+        if let Some(then) = then {
+            then(reactor);
+        }
+    }
+}
+
+impl Session {
+    /// Which running rings must be quiet before the command takes effect.
+    fn concerned_by(&self, command: &Command) -> Vec<u16> {
+        let running = |index: &u16| self.rings.get(usize::from(*index)).is_some_and(|ring| ring.running);
+        match command {
+            Command::SetFeatures(features) if *features == self.features => Vec::new(),
+            Command::SetFeatures(_) | Command::SetMemTable(_) | Command::SetInflight { .. } | Command::ResetDevice | Command::Close => {
+                (0..self.rings.len() as u16).filter(running).collect()
+            }
+            Command::SetVringNum { queue, .. }
+            | Command::SetVringAddr { queue, .. }
+            | Command::SetVringBase { queue, .. }
+            | Command::GetVringBase { queue }
+            | Command::SetVringKick { queue, .. }
+            | Command::SetVringErr { queue, .. }
+            | Command::SetVringEnable { queue, enabled: false } => [*queue].into_iter().filter(running).collect(),
+            Command::SetProtocolFeatures(_) | Command::SetVringCall { .. } | Command::SetVringEnable { .. } | Command::GetInflight { .. } => {
+                Vec::new()
+            }
+        }
+    }
+
+    fn ring(&mut self, queue: u16) -> Result<&mut Ring, VhostError> {
+        let count = self.rings.len();
+        self.rings.get_mut(usize::from(queue)).ok_or_else(|| VhostError::invalid("queue", queue, format!("below {count}")))
+    }
+
+    fn apply(&mut self, reactor: &mut Reactor, command: Command) -> Result<Answer, VhostError> {
+        match command {
+            Command::SetFeatures(features) => self.set_features(features)?,
+            Command::SetProtocolFeatures(_) => {}
+            Command::SetMemTable(rows) => self.set_memory(rows)?,
+            Command::SetVringNum { queue, size } => {
+                let size = RingSize::new(size).ok_or_else(|| VhostError::invalid("vring num", size, "a power of two from 1 to 32768"))?;
+                self.ring(queue)?.size = Some(size);
+            }
+            Command::SetVringAddr { queue, addresses } => self.ring(queue)?.addresses = Some(addresses),
+            Command::SetVringBase { queue, base } => {
+                let base = u16::try_from(base).map_err(|_| VhostError::invalid("vring base", base, "below 65536"))?;
+                self.ring(queue)?.base = base;
+            }
+            Command::GetVringBase { queue } => {
+                let ring = self.ring(queue)?;
+                (ring.started, ring.failed, ring.kick) = (false, false, None);
+                ring.stats.set_state(QueueState::Stopped);
+                return Ok(Answer::Base(ring.base));
+            }
+            Command::SetVringKick { queue, kick } => {
+                let ring = self.ring(queue)?;
+                (ring.kick, ring.started) = (kick, true);
+            }
+            Command::SetVringCall { queue, call } => self.set_call(reactor, queue, call)?,
+            Command::SetVringErr { queue, err } => self.ring(queue)?.err = err,
+            Command::SetVringEnable { queue, enabled } => self.ring(queue)?.enabled = enabled,
+            Command::GetInflight { num_queues, queue_size } => {
+                let (_, fd, size) = Inflight::create(num_queues, queue_size)?;
+                return Ok(Answer::Inflight(fd, size));
+            }
+            Command::SetInflight { fd, size, offset, num_queues, queue_size } => {
+                self.inflight = Some(Inflight::adopt(&fd, size, offset, num_queues, queue_size)?);
+            }
+            Command::ResetDevice => self.reset(),
+            Command::Close => {
+                self.reset();
+                self.rings.clear();
+            }
+        }
+        Ok(Answer::Done)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<(), VhostError> {
+        let offered = self.controller.features();
+        if features & !offered != 0 {
+            return Err(VhostError::invalid("features", format!("{features:#x}"), format!("within the offered {offered:#x}")));
+        }
+        self.features = features;
+        // Without protocol features there is no message to enable a ring: it is enabled from the start.
+        let enabled = features & Features::PROTOCOL_FEATURES.bits() == 0;
+        self.rings.iter_mut().for_each(|ring| ring.enabled = enabled);
+        Ok(())
+    }
+
+    /// Maps and checks the whole table before it replaces the old one, whose last holds go here.
+    fn set_memory(&mut self, rows: Vec<MemoryRow>) -> Result<(), VhostError> {
+        self.rows = None;
+        let mut mapped = Vec::with_capacity(rows.len());
+        for row in rows {
+            let end = row.offset.checked_add(row.length).ok_or_else(|| VhostError::invalid("mmap_offset", row.offset, "offset + size below 2^64"))?;
+            let mapping = match row.source {
+                Source::Fd(fd) => Mapping::shared(fd.as_fd(), end)?,
+                Source::Mapping(mapping) => mapping,
+            };
+            mapped.push(MappedRow { guest_address: row.guest_address, length: row.length, user_address: row.user_address, offset: row.offset, mapping });
+        }
+        GuestMemory::new(regions(&mapped))?;
+        self.rows = Some(mapped);
+        Ok(())
+    }
+
+    fn set_call(&mut self, reactor: &mut Reactor, queue: u16, call: Option<Event>) -> Result<(), VhostError> {
+        let (id, controller) = (self.id, self.controller.clone());
+        let ring = self.ring(queue)?;
+        let twin = call.as_ref().map(Event::twin).transpose().map_err(|error| VhostError::Os("dup", error))?;
+        ring.call = call;
+        if ring.running {
+            let _ = reactor;
+            controller.reactor_of(queue).call(move |reactor| {
+                let queue = reactor.local::<Here>().queues.borrow().get(&(id, queue)).cloned();
+                if let Some(queue) = queue {
+                    queue.borrow_mut().set_call(twin);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Back to the state after connecting, but with the memory (vhost-user, RESET_DEVICE).
+    fn reset(&mut self) {
+        self.features = 0;
+        self.inflight = None;
+        for ring in &mut self.rings {
+            (ring.size, ring.addresses, ring.base) = (None, None, 0);
+            (ring.kick, ring.call, ring.err) = (None, None, None);
+            (ring.started, ring.enabled, ring.failed) = (false, true, false);
+            ring.stats.set_state(QueueState::Stopped);
+        }
+    }
+
+    /// What it takes to start the rings that should run and do not.
+    fn setups(&mut self) -> Result<Vec<Setup>, VhostError> {
+        let Some(rows) = &self.rows else { return Ok(Vec::new()) };
+        let mut setups = Vec::new();
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            // A ring that broke a rule is told by its figures; it runs again only after it was stopped in order.
+            ring.failed |= ring.stats.state() == QueueState::Failed;
+            let should = ring.started && ring.enabled && !ring.failed && !ring.running;
+            let (Some(size), Some(addresses), true) = (ring.size, ring.addresses, should) else { continue };
+            let twin = |event: &Option<Event>| event.as_ref().map(Event::twin).transpose().map_err(|error| VhostError::Os("dup", error));
+            setups.push(Setup {
+                name: self.controller.name().to_owned(),
+                index: index as u16,
+                descriptor: self.controller.descriptor().clone(),
+                size,
+                addresses,
+                base: ring.base,
+                event_idx: self.features & Features::RING_EVENT_IDX.bits() != 0,
+                indirect: self.features & Features::INDIRECT_DESC.bits() != 0,
+                readonly: self.controller.readonly(),
+                rows: rows.clone(),
+                kick: twin(&ring.kick)?,
+                call: twin(&ring.call)?,
+                err: twin(&ring.err)?,
+                inflight: self.inflight.clone(),
+                stats: ring.stats.clone(),
+                failed: self.failed.clone(),
+            });
+        }
+        Ok(setups)
+    }
+}
