@@ -119,10 +119,12 @@ def test_a_bad_entry_is_refused_by_name_before_anything_is_called(data: bytes, m
 
 @given(st.binary(max_size=100) | st.text('{}[]"subsystem:config,/* \\', max_size=80).map(str.encode))
 def test_any_bytes_parse_or_are_refused_by_name(data: bytes) -> None:
+    refusal = ""
     try:
         parse(data, source="cfg")
     except ConfigError as error:
-        assert str(error).startswith("cfg: ")
+        refusal = str(error)
+    assert refusal == "" or refusal.startswith("cfg: ")
 
 
 async def test_what_the_engine_refuses_is_named_too(make_stack: Any, tmp_path: Path) -> None:

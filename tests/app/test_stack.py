@@ -116,21 +116,27 @@ async def test_a_core_that_this_process_may_not_use_is_refused(make_stack: Any) 
         await make_stack(cores="1023").start()
 
 
-async def test_a_forked_child_finds_its_stack_dead_by_name(stack: Any) -> None:
+def fork_and_ask(stack: Any) -> tuple[int, str]:
+    """What a forked child finds when it uses the stack."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             _ = stack.engine
-            answer = "alive"
+            found = "alive"
         except ForkedStack as error:
-            answer = f"{type(error).__name__} {error}"
-        os.write(writer, answer.encode())
+            found = f"{type(error).__name__} {error}"
+        os.write(writer, found.encode())
         os._exit(0)
     os.close(writer)
     _, status = os.waitpid(child, 0)
     answer = os.read(reader, 4096).decode()
     os.close(reader)
+    return status, answer
+
+
+async def test_a_forked_child_finds_its_stack_dead_by_name(stack: Any) -> None:
+    status, answer = fork_and_ask(stack)
     assert status == 0
     assert answer == f"ForkedStack this stack belongs to process {os.getpid()}, of which this one is a fork; start a new stack"
     await stack.malloc("m0", "1MiB")  # the parent's goes on
@@ -141,8 +147,8 @@ async def test_a_running_stack_that_is_dropped_warns(make_stack: Any) -> None:
     await stack.start()
     engine = stack.engine
     asyncio.get_running_loop().remove_reader(engine.event_fd)
+    del stack
     with pytest.warns(ResourceWarning, match="was dropped while running"):
-        del stack
         gc.collect()
     engine.stop(1000)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ import msgspec
 from qpair.app.sizes import parse_size
 from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.bdev.client import BdevHandle
-from qpair.bdev.model import BdevInfo, BdevModule
+from qpair.bdev.model import BdevInfo, BdevModule, describe
 from qpair.errors import InvalidArgument, NoSuchBdev, NoSuchDevice, from_engine, from_errno
 
 if TYPE_CHECKING:
@@ -139,6 +140,11 @@ class BdevSubsystem(Subsystem):
                 return info
         raise NoSuchBdev(f"no bdev is named {name!r:.256}")
 
+    def describe(self, info: BdevInfo) -> dict[str, Any]:
+        """As bdev_get_bdevs shows it."""
+        record = self.records.get(info.name)
+        return describe(info, self.module(info), record.params if record is not None else {})
+
     def module(self, info: BdevInfo) -> BdevModule | None:
         """The kind of a bdev."""
         return self._modules.get(info.module)
@@ -210,8 +216,9 @@ class BdevSubsystem(Subsystem):
         block_size: int = 512,
         uuid: str | None = None,
         physical_block_size: int = 0,
+        hints: Mapping[str, int] | None = None,
     ) -> BdevHandle:
-        """A bdev that keeps nothing."""
+        """A bdev that keeps nothing. ``hints`` (preferred sizes, see `HINTS`) are shown to whoever asks and have no other effect."""
         blocks = _blocks(_checked_name(name), size, num_blocks, block_size)
         unique = uuid or new_uuid()
         await self._call(
@@ -223,6 +230,7 @@ class BdevSubsystem(Subsystem):
             "block_size": block_size,
             "physical_block_size": physical_block_size or block_size,
             "uuid": unique,
+            **(hints or {}),
         }
         return self._record(name, Record("bdev_null_create", params))
 

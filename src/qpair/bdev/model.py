@@ -38,6 +38,13 @@ IO_TYPES = (
     "nvme_nssr",
     "write_uncorrectable",
 )
+HINTS = (
+    "preferred_write_alignment",
+    "preferred_write_granularity",
+    "optimal_write_size",
+    "preferred_unmap_alignment",
+    "preferred_unmap_granularity",
+)
 QOS_LIMITS = ("rw_ios_per_sec", "rw_mbytes_per_sec", "r_mbytes_per_sec", "w_mbytes_per_sec")
 
 
@@ -106,14 +113,15 @@ class BdevModule(Protocol):
         ...
 
 
-def describe(info: BdevInfo, module: BdevModule | None) -> dict[str, Any]:
-    """One element of bdev_get_bdevs."""
+def describe(info: BdevInfo, module: BdevModule | None, hints: Mapping[str, int]) -> dict[str, Any]:
+    """One element of bdev_get_bdevs. ``hints``: what its maker said of preferred sizes, in blocks; 0 where nothing was said."""
     shown: dict[str, Any] = {
         "name": info.name,
         "aliases": list(info.aliases),
         "product_name": module.product_name if module is not None else info.module,
         "block_size": info.block_size,
         "num_blocks": info.num_blocks,
+        **{name: hints.get(name, 0) for name in HINTS},
         "uuid": info.uuid,
         "assigned_rate_limits": dict.fromkeys(QOS_LIMITS, 0),
         "claimed": info.claimed_by is not None,

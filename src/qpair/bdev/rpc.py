@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from qpair.app.rpc import TICKS_A_SECOND
-from qpair.bdev.model import describe, iostat
+from qpair.bdev.model import HINTS, iostat
 from qpair.errors import InvalidArgument, InvalidParameters, Unsupported
 from qpair.rpc.registry import Params, method
 from qpair.rpc.types import I32, U32, U64, ResetStatMode, Uuid
@@ -39,7 +39,7 @@ async def bdev_get_bdevs(stack: Stack, params: GetBdevs) -> list[dict[str, Any]]
         infos = [await stack.bdevs.wait_for(params.name, params.timeout)]
     else:
         infos = [stack.bdevs.info(params.name)]
-    return [describe(info, stack.bdevs.module(info)) for info in infos]
+    return [stack.bdevs.describe(info) for info in infos]
 
 
 class GetIostat(Params):
@@ -140,7 +140,7 @@ async def bdev_malloc_create(stack: Stack, params: MallocCreate) -> str:
 
 
 class NullCreate(Params):
-    """``num_blocks`` of ``block_size`` bytes. The preferred_* and optimal_* hints are accepted."""
+    """``num_blocks`` of ``block_size`` bytes. The preferred_* and optimal_* hints are shown by bdev_get_bdevs."""
 
     name: str
     block_size: U32
@@ -168,6 +168,7 @@ async def bdev_null_create(stack: Stack, params: NullCreate) -> str:
         block_size=params.block_size,
         uuid=params.uuid,
         physical_block_size=params.physical_block_size or 0,
+        hints={name: value for name in HINTS if (value := getattr(params, name))},
     )
     return handle.name
 
