@@ -1,0 +1,233 @@
+//! Single I/Os for Python: the front end behind `bdev_io`, on the engine's first reactor.
+//!
+//! How it works. A request carries a bounce mapping of its own, filled before it leaves the Python thread (write) or
+//! read after it came back (read); the layer splits what the device cannot take at once. Each descriptor opens its
+//! channel with its first request. A request without a free I/O waits here for one.
+//!
+//! Each request is answered once: by its completion, by the refusal of its channel, or, if the reactor goes first, by
+//! the drop of its token. Removing the bdev completes what it has.
+//!
+//! Limits: [`IO_BYTES_MAX`] a request, because the bounce mapping is as large; requests at once: the reactor's I/Os.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use qpair_bdev::{ChannelId, Descriptor, IoId, Layer, Op, QueueId, Status};
+use qpair_memory::{Mapping, Region, Sge};
+use qpair_reactor::{Poller, Reactor};
+
+use crate::events::Token;
+use crate::values::{Failure, ReadData, Value};
+
+/// Bytes one request moves at most.
+pub const IO_BYTES_MAX: u64 = 256 << 20;
+
+/// One I/O on its way to the reactor.
+pub struct Request {
+    pub number: u64,
+    pub descriptor: Arc<Descriptor>,
+    pub op: Op,
+    pub lba: u64,
+    pub blocks: u64,
+    /// For reads and writes.
+    pub bounce: Option<(Arc<Mapping>, u32)>,
+    pub token: Token,
+}
+
+struct Pending {
+    descriptor: u64,
+    op: Op,
+    bounce: Option<(Arc<Mapping>, u32)>,
+    token: Token,
+}
+
+/// What is to happen when a descriptor, or the whole front end, has nothing under way.
+struct Closing {
+    descriptor: u64,
+    token: Option<Token>,
+}
+
+struct FrontEnd {
+    queue: QueueId,
+    channels: HashMap<u64, ChannelId>,
+    pending: HashMap<u64, Pending>,
+    tags: u64,
+    waiting: VecDeque<Request>,
+    closing: Vec<Closing>,
+    when_idle: Vec<Box<dyn FnOnce()>>,
+    reaped: Vec<IoId>,
+}
+
+#[derive(Default)]
+struct Holder(RefCell<Option<Rc<RefCell<FrontEnd>>>>);
+
+struct FrontEndPoller(Rc<RefCell<FrontEnd>>);
+
+/// The reactor's front end, made on first use.
+fn front_end(reactor: &mut Reactor) -> Rc<RefCell<FrontEnd>> {
+    let holder = reactor.local::<Holder>();
+    if let Some(found) = &*holder.0.borrow() {
+        return found.clone();
+    }
+    let poller = reactor.reserve_poller("bdev_io");
+    let layer = Layer::of(reactor);
+    let waker = reactor.waker(poller).unwrap_or_else(|| unreachable!("reserved above"));
+    let front_end = Rc::new(RefCell::new(FrontEnd {
+        queue: layer.borrow_mut().add_queue(waker),
+        channels: HashMap::new(),
+        pending: HashMap::new(),
+        tags: 0,
+        waiting: VecDeque::new(),
+        closing: Vec::new(),
+        when_idle: Vec::new(),
+        reaped: Vec::new(),
+    }));
+    reactor.install_poller(poller, Box::new(FrontEndPoller(front_end.clone())));
+    *holder.0.borrow_mut() = Some(front_end.clone());
+    front_end
+}
+
+/// Starts a request.
+pub fn start(reactor: &mut Reactor, request: Request) {
+    let (this, layer) = (front_end(reactor), Layer::of(reactor));
+    let (mut this, mut layer) = (this.borrow_mut(), layer.borrow_mut());
+    this.waiting.push_back(request);
+    this.start_waiting(&mut layer, reactor);
+}
+
+/// Closes a descriptor's channel when its last request is done; then answers.
+pub fn close(reactor: &mut Reactor, descriptor: u64, token: Option<Token>) {
+    let (this, layer) = (front_end(reactor), Layer::of(reactor));
+    let (mut this, mut layer) = (this.borrow_mut(), layer.borrow_mut());
+    this.closing.push(Closing { descriptor, token });
+    this.close_idle(&mut layer, reactor);
+}
+
+/// Calls `then` when nothing is under way.
+pub fn when_idle(reactor: &mut Reactor, then: Box<dyn FnOnce()>) {
+    let this = front_end(reactor);
+    let mut this = this.borrow_mut();
+    this.when_idle.push(then);
+    this.tell_idle();
+}
+
+impl FrontEnd {
+    fn start_waiting(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
+        while let Some(request) = self.waiting.pop_front() {
+            let channel = match self.channel(layer, reactor, &request) {
+                Ok(channel) => channel,
+                Err(failure) => {
+                    request.token.answer(Err(failure));
+                    continue;
+                }
+            };
+            let Some(id) = layer.take() else {
+                self.waiting.push_front(request);
+                break;
+            };
+            self.submit(layer, reactor, channel, id, request);
+        }
+        layer.unplug(reactor);
+    }
+
+    fn channel(&mut self, layer: &mut Layer, reactor: &mut Reactor, request: &Request) -> Result<ChannelId, Failure> {
+        if let Some(channel) = self.channels.get(&request.number) {
+            return Ok(*channel);
+        }
+        let channel = request.descriptor.channel(reactor, layer)?;
+        self.channels.insert(request.number, channel);
+        Ok(channel)
+    }
+
+    fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, id: IoId, request: Request) {
+        self.tags += 1;
+        let io = layer.io_mut(id);
+        (io.op, io.lba, io.blocks) = (request.op, request.lba, request.blocks);
+        if let Some((mapping, length)) = &request.bounce {
+            io.list.push(Sge { region: Region::new(mapping.clone()), offset: 0, length: *length });
+        }
+        io.push(self.queue, self.tags);
+        let Request { number, op, bounce, token, .. } = request;
+        self.pending.insert(self.tags, Pending { descriptor: number, op, bounce, token });
+        layer.submit(reactor, channel, &[id]);
+    }
+
+    fn finish(&mut self, tag: u64, status: Status) {
+        let Some(Pending { op, bounce, token, .. }) = self.pending.remove(&tag) else { return };
+        if status.is_error() {
+            return token.answer(Err(status));
+        }
+        let value = match bounce {
+            Some((memory, length)) if op == Op::Read => Value::Read(ReadData { memory, length: length as usize }),
+            _ => Value::Nothing,
+        };
+        token.answer(Ok::<_, Failure>(value));
+    }
+
+    fn close_idle(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
+        let busy = |this: &Self, descriptor: u64| {
+            this.pending.values().any(|pending| pending.descriptor == descriptor)
+                || this.waiting.iter().any(|request| request.number == descriptor)
+        };
+        for closing in std::mem::take(&mut self.closing) {
+            if busy(self, closing.descriptor) {
+                self.closing.push(closing);
+                continue;
+            }
+            if let Some(channel) = self.channels.remove(&closing.descriptor) {
+                layer.close_channel(reactor, channel);
+            }
+            if let Some(token) = closing.token {
+                token.answer(Ok::<_, Failure>(Value::Nothing));
+            }
+        }
+    }
+
+    fn tell_idle(&mut self) {
+        if self.pending.is_empty() && self.waiting.is_empty() {
+            self.when_idle.drain(..).for_each(|then| then());
+        }
+    }
+}
+
+impl Poller for FrontEndPoller {
+    fn poll(&mut self, reactor: &mut Reactor) -> usize {
+        let layer = Layer::of(reactor);
+        let (mut this, mut layer) = (self.0.borrow_mut(), layer.borrow_mut());
+        let mut reaped = std::mem::take(&mut this.reaped);
+        layer.reap(reactor, this.queue, &mut reaped);
+        let count = reaped.len();
+        for id in reaped.drain(..) {
+            let frame = layer.retrieve(id);
+            let status = layer.io(id).status;
+            layer.give_back(id);
+            this.finish(frame.tag, status);
+        }
+        this.reaped = reaped;
+        if !this.waiting.is_empty() {
+            this.start_waiting(&mut layer, reactor);
+        }
+        if count > 0 {
+            this.close_idle(&mut layer, reactor);
+            this.tell_idle();
+        }
+        count
+    }
+
+    fn arm(&mut self, reactor: &mut Reactor) -> bool {
+        let this = self.0.borrow();
+        // Who gives an I/O back wakes nobody: while requests wait for one, look again.
+        this.waiting.is_empty() && !Layer::of(reactor).borrow().has_completions(this.queue)
+    }
+
+    fn poisoned(&mut self, _: &mut Reactor, why: &str) {
+        let mut this = self.0.borrow_mut();
+        let failure = Failure::new(libc::EIO, format!("the engine failed at this: {why}"));
+        this.pending.drain().for_each(|(_, pending)| pending.token.answer(Err(failure.clone())));
+        this.waiting.drain(..).for_each(|request| request.token.answer(Err(failure.clone())));
+        this.closing.clear();
+        this.tell_idle();
+    }
+}
