@@ -140,6 +140,7 @@ pub struct Reactor {
     work: Vec<(u32, usize)>,
     last_work: usize,
     counters: Counters,
+    panicked: Option<String>,
 }
 
 #[derive(Default)]
@@ -173,6 +174,7 @@ impl Reactor {
             work: Vec::with_capacity(64),
             last_work: 0,
             counters: Counters::default(),
+            panicked: None,
         }
     }
 
@@ -334,14 +336,29 @@ impl Reactor {
 
     /// Sleeps as [`Turn::Idle`] asked; see [`crate::doorbell`].
     pub fn sleep(&mut self, until_ns: Option<u64>) {
-        let shared = self.shared.clone();
-        let quiet = || shared.inbox.is_empty() && !shared.stop.load(Ordering::SeqCst);
-        if shared.doorbell.may_sleep(quiet) {
+        if self.falls_asleep() {
             let now = self.clock.now_ns();
-            self.counters.sleeps += 1;
             self.driver.wait(until_ns.map(|until| until.saturating_sub(now)));
-            shared.doorbell.awake();
+            self.wakes_up();
         }
+    }
+
+    /// The first half of [`sleep`](Self::sleep): false if there is something to do after all. The simulator, whose
+    /// reactors cannot wait, does the halves apart.
+    pub(crate) fn falls_asleep(&mut self) -> bool {
+        let shared = &self.shared;
+        let asleep = shared.doorbell.may_sleep(|| shared.inbox.is_empty() && !shared.stop.load(Ordering::SeqCst));
+        self.counters.sleeps += u64::from(asleep);
+        asleep
+    }
+
+    pub(crate) fn wakes_up(&mut self) {
+        self.shared.doorbell.awake();
+    }
+
+    /// What the last panic since the last call said. The reactor survives it; a simulation need not.
+    pub(crate) fn take_panic(&mut self) -> Option<String> {
+        self.panicked.take()
     }
 
     /// Reads the clock, once, and books the time since the last turn.
@@ -373,7 +390,7 @@ impl Reactor {
         for message in self.shared.clone().inbox.take() {
             count += 1;
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| message.run(self))) {
-                log::say(Level::Error, "reactor", format_args!("a message panicked: {}", panic_text(&*panic)));
+                self.panics(format!("a message panicked: {}", panic_text(&*panic)));
             }
         }
         self.counters.messages += count as u64;
@@ -387,7 +404,7 @@ impl Reactor {
         while let Some(callback) = self.timers.due(self.now_ns, newest) {
             count += 1;
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| callback(self))) {
-                log::say(Level::Error, "reactor", format_args!("a timer panicked: {}", panic_text(&*panic)));
+                self.panics(format!("a timer panicked: {}", panic_text(&*panic)));
             }
         }
         count
@@ -477,6 +494,8 @@ impl Reactor {
         if config.busy_poll || now_ns.saturating_sub(slot.last_busy_ns) < config.spin_ns {
             return true;
         }
+        self.driver.pause();
+        let Some(slot) = self.slot(id) else { return false };
         // Marked before it arms: what `arm` itself, or anything later, wakes is then seen.
         slot.wake.active.set(false);
         let quiet = self.with_poller(id, |poller, reactor| poller.arm(reactor)).unwrap_or(true);
@@ -520,11 +539,17 @@ impl Reactor {
     #[cold]
     fn poison(&mut self, id: PollerId, poller: &mut dyn Poller, why: &str) {
         let name = self.slot(id).map(|slot| slot.name.clone()).unwrap_or_default();
-        log::say(Level::Error, "reactor", format_args!("poller {name} panicked and is removed: {why}"));
+        self.panics(format!("poller {name} panicked and is removed: {why}"));
         if catch_unwind(AssertUnwindSafe(|| poller.poisoned(self, why))).is_err() {
             log::say(Level::Error, "reactor", format_args!("poller {name} panicked again while it was removed"));
         }
         self.forget(id);
+    }
+
+    #[cold]
+    fn panics(&mut self, what: String) {
+        log::say(Level::Error, "reactor", format_args!("{what}"));
+        self.panicked = Some(what);
     }
 
     fn forget(&mut self, id: PollerId) {

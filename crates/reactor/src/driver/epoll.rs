@@ -91,10 +91,8 @@ impl Epoll {
 
     fn epoll_wait(&mut self, events: &mut [libc::epoll_event; EVENTS], timeout_ns: Option<u64>) -> io::Result<usize> {
         let (fd, count) = (self.poll.as_raw_fd(), EVENTS as i32);
-        let time = timeout_ns.map(|ns| libc::timespec {
-            tv_sec: (ns / 1_000_000_000) as libc::time_t,
-            tv_nsec: (ns % 1_000_000_000) as libc::c_long,
-        });
+        let time = timeout_ns
+            .map(|ns| libc::timespec { tv_sec: (ns / 1_000_000_000) as libc::time_t, tv_nsec: (ns % 1_000_000_000) as libc::c_long });
         let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
         if self.precise {
             let no_mask = std::ptr::null::<libc::sigset_t>();

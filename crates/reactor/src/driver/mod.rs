@@ -120,6 +120,9 @@ pub trait Driver {
     fn outstanding(&self) -> usize;
     /// Asks the kernel to end all outstanding operations early; each still reports once.
     fn cancel_all(&mut self);
+    /// Called between a poller's last look and its arming. Here the simulator lets other reactors and peers run, as other
+    /// threads may; real drivers do nothing.
+    fn pause(&mut self) {}
 }
 
 /// Which driver to take.

@@ -197,7 +197,11 @@ fn build() -> io::Result<IoUring> {
             }
             if level >= 2 {
                 builder.setup_taskrun_flag();
-                if level == 2 { builder.setup_coop_taskrun() } else { builder.setup_single_issuer().setup_defer_taskrun() };
+                if level == 2 {
+                    builder.setup_coop_taskrun()
+                } else {
+                    builder.setup_single_issuer().setup_defer_taskrun()
+                };
             }
             match builder.build(entries) {
                 Ok(ring) => return Ok(ring),
