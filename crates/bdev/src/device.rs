@@ -5,6 +5,7 @@ use std::fmt;
 use qpair_reactor::Reactor;
 use uuid::Uuid;
 
+use crate::layer::ZEROS;
 use crate::{BdevError, Buffer, ChannelId, IoId, Layer, Op};
 
 /// A set of operations.
@@ -120,8 +121,18 @@ impl Info {
         if self.name.is_empty() || self.name.len() > 255 {
             return Err(BdevError::invalid("name", &self.name, "1 to 255 bytes"));
         }
-        if self.physical_block_size < self.block_size || !self.physical_block_size.is_multiple_of(self.block_size) {
+        if self.physical_block_size < self.block_size || self.physical_block_size % self.block_size != 0 {
             return Err(BdevError::invalid("physical_block_size", self.physical_block_size, "a multiple of block_size"));
+        }
+        let unit = self.write_unit_blocks;
+        let limit = ZEROS as u32 / self.block_size;
+        if unit == 0 || unit > limit {
+            return Err(BdevError::invalid("write_unit_blocks", unit, format!("1 to {limit}")));
+        }
+        let boundary = if self.split_on_boundary { self.optimal_io_boundary } else { 0 };
+        if self.max_io_blocks % unit != 0 || boundary % unit != 0 {
+            let value = format!("{unit} with max_io_blocks {} and boundary {boundary}", self.max_io_blocks);
+            return Err(BdevError::invalid("write_unit_blocks", value, "a divisor of both"));
         }
         Ok(())
     }
@@ -148,6 +159,11 @@ pub trait Device: Send + Sync {
     /// Memory that the device reaches without a copy, if it has such and `bytes` of it are free. Ask by [`crate::Descriptor::buffer`].
     fn buffer(&self, _bytes: u64) -> Option<Buffer> {
         None
+    }
+
+    /// Looks again how large it is, in blocks, where somebody else may change that.
+    fn rescan(&self) -> Result<u64, BdevError> {
+        Err(BdevError::Unsupported(format!("{} cannot be rescanned", self.info().name)))
     }
 
     /// Changes the size where the module can; called when all channels are quiet if it shrinks.
@@ -192,6 +208,6 @@ pub trait Channel {
     /// All channels are quiet and a reset was asked for.
     fn reset(&mut self, _layer: &mut Layer, _reactor: &mut Reactor) {}
 
-    /// The channel is about to be dropped; nothing is in flight.
+    /// The channel is about to be dropped; nothing is in flight. Queues of its own are given up here.
     fn close(&mut self, _layer: &mut Layer, _reactor: &mut Reactor) {}
 }

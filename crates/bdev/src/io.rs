@@ -275,6 +275,12 @@ impl Slab {
         used.map(|(index, io)| IoId { index: index as u32, generation: io.generation })
     }
 
+    /// Whether an I/O in use would be put on this queue some time. Walks the slab: control plane only.
+    pub(crate) fn names_queue(&self, queue: QueueId) -> bool {
+        let used = self.ios.iter().filter(|io| io.state != State::Free);
+        used.flat_map(|io| &io.frames[..usize::from(io.depth)]).any(|frame| frame.queue == queue)
+    }
+
     pub(crate) fn free_count(&self) -> usize {
         self.free.len()
     }

@@ -22,6 +22,7 @@
 mod buffer;
 mod device;
 mod error;
+pub mod file;
 mod io;
 pub mod layer;
 pub mod lifecycle;
@@ -33,6 +34,7 @@ mod stats;
 pub use buffer::Buffer;
 pub use device::{Channel, Device, Info, OpSet};
 pub use error::BdevError;
+pub use file::FileBdev;
 pub use io::{FRAMES_MAX, Frame, Io, IoFlags, IoId, Op};
 pub use layer::{ChannelId, Layer, QueueId};
 pub use qpair_wire::nvme::Status;

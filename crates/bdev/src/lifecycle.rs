@@ -1,13 +1,19 @@
 //! What concerns a device on all its reactors at once: removal, resizing, reset, statistics.
 //!
 //! Each is a job that holds the device exclusively, sends one message to every reactor, and goes on when the last has
-//! answered ([`qpair_reactor::Fanout`]). A reactor answers when its channel is quiet: nothing in flight, no child under
-//! way. So what follows (dropping the module, shrinking, restarting) can touch no I/O.
+//! answered ([`qpair_reactor::Fanout`]). A reactor answers when its channels are quiet, also those that are about to
+//! close: nothing in flight, no child under way. While a job stops a device, a channel opened meanwhile starts paused.
+//! So what follows (dropping the module, shrinking, restarting) can touch no I/O.
 //!
-//! A reactor that is gone answers by dropping its part; so jobs end also while the process stops.
+//! Every job is answered, once: what a job captures answers when it is dropped. A job that never ran, because the
+//! device went before its turn, says so; a reactor that is gone answers by dropping its part; so jobs end also while
+//! the process stops.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use qpair_reactor::fanout::Part;
 use qpair_reactor::{Fanout, Handle, Reactor};
 use qpair_wire::nvme::Status;
 
@@ -17,25 +23,82 @@ use crate::{BdevError, ChannelId, DeviceId, Info, IoId, Layer, Notice, Registry,
 /// Where the outcome of a control operation goes, from whatever thread it ends on.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, BdevError>) + Send>;
 
-fn home(registry: &Registry) -> Option<&Handle> {
-    registry.reactors().first()
+/// A reply that is sent in any case.
+struct Answer<T> {
+    name: String,
+    reply: Option<Reply<T>>,
 }
 
-/// Runs `each` for the device's channel on every reactor that has one; then `then` at home.
+impl<T> Answer<T> {
+    fn new(name: &str, reply: Reply<T>) -> Self {
+        Self { name: name.to_owned(), reply: Some(reply) }
+    }
+
+    fn send(mut self, outcome: Result<T, BdevError>) {
+        if let Some(reply) = self.reply.take() {
+            reply(outcome);
+        }
+    }
+}
+
+impl<T> Drop for Answer<T> {
+    fn drop(&mut self) {
+        if let Some(reply) = self.reply.take() {
+            reply(Err(BdevError::Removing(std::mem::take(&mut self.name))));
+        }
+    }
+}
+
+/// What a message does to a reactor beside looking after the channels there are.
+#[derive(Clone, Copy)]
+enum Stance {
+    /// Channels opened from now on start paused.
+    Hold,
+    /// And from now on not any more.
+    LetGo,
+    Neither,
+}
+
+/// Runs `each` for the device's channels on every reactor; then, when all parts are dropped, `then` at home.
 fn on_channels(
     registry: &Arc<Registry>,
     device: DeviceId,
-    each: impl Fn(&mut Layer, &mut Reactor, ChannelId, qpair_reactor::fanout::Part) + Clone + Send + 'static,
+    stance: Stance,
+    each: impl Fn(&mut Layer, &mut Reactor, ChannelId, Rc<Part>) + Clone + Send + 'static,
     then: impl FnOnce(&mut Reactor) + Send + 'static,
 ) {
-    let Some(home) = home(registry) else { return };
+    let Some(home) = registry.reactors().first() else { return };
     Fanout::new(home.clone(), then).on_each(registry.reactors(), move |reactor, part| {
+        let part = Rc::new(part);
         let layer = Layer::of(reactor);
         let mut layer = layer.borrow_mut();
-        if let Some(channel) = layer.channel_of(device) {
-            each(&mut layer, reactor, channel, part);
+        match stance {
+            Stance::Hold => layer.hold(device),
+            Stance::LetGo => layer.let_go(device),
+            Stance::Neither => {}
+        }
+        for channel in layer.channels_of(device) {
+            each(&mut layer, reactor, channel, part.clone());
         }
     });
+}
+
+/// A removal under way; it ends when this is dropped, which is after the last part.
+struct Removal {
+    registry: Arc<Registry>,
+    device: DeviceId,
+    guard: Option<JobGuard>,
+    reply: Option<Reply<()>>,
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        self.registry.forget(self.device);
+        drop(self.guard.take());
+        if let Some(reply) = self.reply.take() {
+            reply(Ok(()));
+        }
+    }
 }
 
 /// Removes a bdev: no new I/O; what is in flight ends, or is asked to end after `deadline_ns`; then it is gone.
@@ -44,23 +107,19 @@ pub fn unregister(registry: &Arc<Registry>, name: &str, deadline_ns: u64, reply:
         Ok(device) => device,
         Err(error) => return reply(Err(error)),
     };
-    let shared = registry.clone();
+    let mut removal = Removal { registry: registry.clone(), device, guard: None, reply: Some(reply) };
     registry.exclusive(
         device,
         Box::new(move |guard| {
-            let registry = shared.clone();
-            let finish = move |_: &mut Reactor| {
-                shared.forget(device);
-                drop(guard);
-                reply(Ok(()));
-            };
+            removal.guard = Some(guard);
+            let registry = removal.registry.clone();
             let close = move |layer: &mut Layer, reactor: &mut Reactor, channel, part| close(layer, reactor, channel, deadline_ns, part);
-            on_channels(&registry, device, close, finish);
+            on_channels(&registry, device, Stance::Neither, close, move |_| drop(removal));
         }),
     );
 }
 
-fn close(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, deadline_ns: u64, part: qpair_reactor::fanout::Part) {
+fn close(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, deadline_ns: u64, part: Rc<Part>) {
     let timer = reactor.after(deadline_ns, move |reactor| {
         let layer = Layer::of(reactor);
         layer.borrow_mut().abort_all(reactor, channel);
@@ -78,7 +137,8 @@ fn close(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, deadline_
 
 /// Changes the size. Growing is seen at once; shrinking waits until nothing is in flight.
 pub fn resize(registry: &Arc<Registry>, name: &str, num_blocks: u64, reply: Reply<()>) {
-    let found = registry.live(name).and_then(|id| registry.get(id).map(|found| (id, found)).ok_or_else(|| BdevError::NoSuchBdev(name.to_owned())));
+    let found =
+        registry.live(name).and_then(|id| registry.get(id).map(|found| (id, found)).ok_or_else(|| BdevError::NoSuchBdev(name.to_owned())));
     let (device, (_, info)) = match found {
         Ok(found) => found,
         Err(error) => return reply(Err(error)),
@@ -87,15 +147,26 @@ pub fn resize(registry: &Arc<Registry>, name: &str, num_blocks: u64, reply: Repl
     if let Err(error) = changed.check() {
         return reply(Err(error));
     }
-    let shared = registry.clone();
-    registry.exclusive(device, Box::new(move |guard| resize_alone(shared, device, num_blocks, guard, reply)));
+    let (shared, answer) = (registry.clone(), Answer::new(name, reply));
+    registry.exclusive(device, Box::new(move |guard| resize_alone(shared, device, num_blocks, guard, answer)));
 }
 
-fn resize_alone(registry: Arc<Registry>, device: DeviceId, num_blocks: u64, guard: JobGuard, reply: Reply<()>) {
+/// Looks how large the device is by now, and resizes to that; replies with the size in blocks.
+pub fn rescan(registry: &Arc<Registry>, name: &str, reply: Reply<u64>) {
+    let found = registry.live(name).and_then(|id| registry.get(id).ok_or_else(|| BdevError::NoSuchBdev(name.to_owned())));
+    match found.and_then(|(device, info)| Ok((device.rescan()?, info))) {
+        Err(error) => reply(Err(error)),
+        Ok((num_blocks, info)) if num_blocks == info.num_blocks => reply(Ok(num_blocks)),
+        Ok((num_blocks, _)) => resize(registry, name, num_blocks, Box::new(move |outcome| reply(outcome.map(|()| num_blocks)))),
+    }
+}
+
+fn resize_alone(registry: Arc<Registry>, device: DeviceId, num_blocks: u64, guard: JobGuard, answer: Answer<()>) {
     let Some((module, info)) = registry.get(device) else { return };
     let shared = registry.clone();
     let apply = move |_: &mut Reactor| {
-        let outcome = module.resize(num_blocks);
+        let outcome = catch_unwind(AssertUnwindSafe(|| module.resize(num_blocks)))
+            .unwrap_or_else(|_| Err(BdevError::Unsupported("the module panicked while it was resized".to_owned())));
         let changed = outcome.is_ok().then(|| shared.resized(device, num_blocks)).flatten();
         let (registry, snapshot) = (shared.clone(), changed.clone());
         let announce = move |_: &mut Reactor| {
@@ -103,19 +174,20 @@ fn resize_alone(registry: Arc<Registry>, device: DeviceId, num_blocks: u64, guar
                 shared.tell(Some(device), &Notice::Resized(info.name.clone()));
             }
             drop(guard);
-            reply(outcome);
+            answer.send(outcome);
         };
-        on_channels(&registry, device, move |layer, reactor, channel, _part| layer.resume(reactor, channel, snapshot.clone()), announce);
+        let resume = move |layer: &mut Layer, reactor: &mut Reactor, channel, _part| layer.resume(reactor, channel, snapshot.clone());
+        on_channels(&registry, device, Stance::LetGo, resume, announce);
     };
     if num_blocks >= info.num_blocks {
-        on_channels(&registry, device, |_, _, _, _| {}, apply);
+        on_channels(&registry, device, Stance::Neither, |_, _, _, _| {}, apply);
     } else {
-        on_channels(&registry, device, |layer, reactor, channel, part| quiesce(layer, reactor, channel, false, part), apply);
+        on_channels(&registry, device, Stance::Hold, |layer, reactor, channel, part| quiesce(layer, reactor, channel, false, part), apply);
     }
 }
 
 /// Stops new I/O and answers when nothing is in flight.
-fn quiesce(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, abort: bool, part: qpair_reactor::fanout::Part) {
+fn quiesce(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, abort: bool, part: Rc<Part>) {
     layer.pause(channel);
     if abort {
         layer.abort_all(reactor, channel);
@@ -124,40 +196,50 @@ fn quiesce(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, abort: 
     layer.settle(reactor);
 }
 
-/// Resets a device for the I/O `io` of reactor `origin`: all channels quiet, then reset, then on.
-pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, io: IoId) {
-    let shared = registry.clone();
-    let answer = move |status: Status| {
-        origin.call(move |reactor| {
+/// A reset that somebody waits for; it is answered when this is dropped.
+struct Resetting {
+    origin: Handle,
+    io: IoId,
+    status: Status,
+}
+
+impl Drop for Resetting {
+    fn drop(&mut self) {
+        let (io, status) = (self.io, self.status);
+        self.origin.call(move |reactor| {
             let layer = Layer::of(reactor);
             let mut layer = layer.borrow_mut();
             layer.complete(io, status);
             layer.settle(reactor);
         });
-    };
-    let gone = answer.clone();
-    let taken = registry.exclusive(
+    }
+}
+
+/// Resets a device for the I/O `io` of reactor `origin`: all channels quiet, then reset, then on.
+pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, io: IoId) {
+    // Said unless it comes to the end: the device went first.
+    let mut resetting = Resetting { origin, io, status: Status::INVALID_NAMESPACE };
+    let shared = registry.clone();
+    registry.exclusive(
         device,
         Box::new(move |guard| {
             let registry = shared.clone();
             let restart = move |_: &mut Reactor| {
-                let registry = shared.clone();
                 let finish = move |_: &mut Reactor| {
                     drop(guard);
-                    answer(Status::SUCCESS);
+                    resetting.status = Status::SUCCESS;
+                    drop(resetting);
                 };
                 let each = |layer: &mut Layer, reactor: &mut Reactor, channel, _part| {
                     layer.with_channel(reactor, channel, |module, layer, reactor| module.reset(layer, reactor));
                     layer.resume(reactor, channel, None);
                 };
-                on_channels(&registry, device, each, finish);
+                on_channels(&shared, device, Stance::LetGo, each, finish);
             };
-            on_channels(&registry, device, |layer, reactor, channel, part| quiesce(layer, reactor, channel, true, part), restart);
+            let stop = |layer: &mut Layer, reactor: &mut Reactor, channel, part| quiesce(layer, reactor, channel, true, part);
+            on_channels(&registry, device, Stance::Hold, stop, restart);
         }),
     );
-    if !taken {
-        gone(Status::INVALID_NAMESPACE);
-    }
 }
 
 /// Sums a device's counters over its channels.
@@ -166,14 +248,15 @@ pub fn statistics(registry: &Arc<Registry>, name: &str, reset: bool, reply: Repl
         Ok(device) => device,
         Err(error) => return reply(Err(error)),
     };
+    let answer = Answer::new(name, reply);
     let sum = Arc::new(Mutex::new(registry.gone_stats(device, reset)));
     let total = sum.clone();
     let collect = move |layer: &mut Layer, _: &mut Reactor, channel: ChannelId, _part| {
         let stats = layer.stats_of(channel, reset);
         sum.lock().unwrap_or_else(PoisonError::into_inner).add(&stats);
     };
-    on_channels(registry, device, collect, move |_| {
+    on_channels(registry, device, Stance::Neither, collect, move |_| {
         let stats = *total.lock().unwrap_or_else(PoisonError::into_inner);
-        reply(Ok(stats));
+        answer.send(Ok(stats));
     });
 }

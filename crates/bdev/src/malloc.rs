@@ -25,7 +25,14 @@ pub struct Malloc {
 
 impl Malloc {
     /// Zeroed, on transparent hugepages where the kernel has them.
-    pub fn new(name: &str, block_size: u32, num_blocks: u64, uuid: Option<Uuid>, physical_block_size: u32, optimal_io_boundary: u32) -> Result<Self, BdevError> {
+    pub fn new(
+        name: &str,
+        block_size: u32,
+        num_blocks: u64,
+        uuid: Option<Uuid>,
+        physical_block_size: u32,
+        optimal_io_boundary: u32,
+    ) -> Result<Self, BdevError> {
         let mut info = Info::new(name, "malloc", block_size, num_blocks);
         info.uuid = uuid.unwrap_or(info.uuid);
         info.physical_block_size = block_size.max(physical_block_size);

@@ -127,7 +127,12 @@ impl Registry {
     }
 
     /// Opens by name or UUID. `listener` hears what happens to this bdev, on whatever thread it happens.
-    pub fn open(self: &Arc<Self>, name: &str, write: bool, listener: impl Fn(&Notice) + Send + Sync + 'static) -> Result<Descriptor, BdevError> {
+    pub fn open(
+        self: &Arc<Self>,
+        name: &str,
+        write: bool,
+        listener: impl Fn(&Notice) + Send + Sync + 'static,
+    ) -> Result<Descriptor, BdevError> {
         let mut inner = self.lock();
         inner.next += 1;
         let number = inner.next;
@@ -200,9 +205,12 @@ impl Registry {
         let Some(name) = inner.by_id(id).map(|entry| entry.info.name.clone()) else { return };
         let entry = inner.entries.remove(&name);
         drop(inner);
-        // Dropped without the lock: a device may take its time, or call back.
+        let listeners: Vec<Listener> = entry.iter().flat_map(|entry| entry.descriptors.values().cloned()).collect();
+        // Dropped without the lock: a device may take its time, or call back, and so may jobs that waited.
         drop(entry);
-        self.tell(None, &Notice::Removed(name));
+        let notice = Notice::Removed(name);
+        listeners.iter().for_each(|listener| listener(&notice));
+        self.tell(None, &notice);
     }
 
     /// The id of a bdev that is not on its way out.
@@ -223,18 +231,17 @@ impl Registry {
     }
 
     /// Runs `job` when no other job on this device is under way: resets, resizes and removal come one after the other.
-    /// False: the device is gone, and the job was dropped.
-    pub(crate) fn exclusive(self: &Arc<Self>, id: DeviceId, job: Job) -> bool {
+    /// One whose device is gone, or goes before its turn, is dropped; what it captured answers for it.
+    pub(crate) fn exclusive(self: &Arc<Self>, id: DeviceId, job: Job) {
         let mut inner = self.lock();
-        let Some(entry) = inner.by_id(id) else { return false };
-        if entry.busy {
-            entry.jobs.push_back(job);
-            return true;
+        match inner.by_id(id) {
+            // The job is an argument: it is dropped after the lock.
+            None => return,
+            Some(entry) if entry.busy => return entry.jobs.push_back(job),
+            Some(entry) => entry.busy = true,
         }
-        entry.busy = true;
         drop(inner);
         job(JobGuard { registry: self.clone(), device: id });
-        true
     }
 
     /// Keeps the counters of a channel that closed.
@@ -347,8 +354,8 @@ impl Descriptor {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        if let Some(entry) = self.registry.lock().by_id(self.device) {
-            entry.descriptors.remove(&self.number);
-        }
+        let listener = self.registry.lock().by_id(self.device).and_then(|entry| entry.descriptors.remove(&self.number));
+        // Dropped without the lock: what it captured may call back.
+        drop(listener);
     }
 }

@@ -2,9 +2,11 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Weak;
 use std::sync::Arc;
 
+use qpair_reactor::log::{self, Level};
 use qpair_reactor::{Poller, Reactor};
 
 use super::{ChannelState, Layer, Owner, Slot};
@@ -39,10 +41,13 @@ impl Layer {
             registry: registry.clone(),
             device: Some(device.clone()),
             channel: None,
-            state: ChannelState::Open,
+            state: if self.held.contains(&device_id) { ChannelState::Paused } else { ChannelState::Open },
             users: 1,
             inflight: 0,
             parents: 0,
+            resets: 0,
+            closing: false,
+            gone: false,
             waiting: VecDeque::new(),
             splitting: VecDeque::new(),
             children,
@@ -53,7 +58,12 @@ impl Layer {
             plugged: false,
             attention: false,
         });
-        match device.open(reactor, self, id) {
+        let opened = catch_unwind(AssertUnwindSafe(|| device.open(reactor, self, id))).unwrap_or_else(|_| {
+            log::say(Level::Error, "bdev", format_args!("{}: its module panicked while a channel was opened", info.name));
+            let source = std::io::Error::other("the module panicked");
+            Err(BdevError::Os { what: format!("opening a channel of bdev {}", info.name), source })
+        });
+        match opened {
             Ok(channel) => {
                 if let Some(slot) = &mut self.slots[id.0 as usize] {
                     slot.channel = Some(channel);
@@ -82,6 +92,9 @@ impl Layer {
         let limited = info.max_io_blocks != 0 || info.max_segments != 0 || info.max_unmap_blocks != 0 || info.split_on_boundary;
         let emulates = !info.supported.has(Op::WriteZeroes) && !info.readonly;
         let count = if limited || emulates { CHILDREN } else { 0 };
+        if emulates && self.zeros.is_none() {
+            self.zeros = Some(super::split::zeros()?);
+        }
         let mut children = Vec::with_capacity(count);
         while children.len() < count {
             match self.ios.take() {
@@ -102,40 +115,61 @@ impl Layer {
         if slot.users > 0 {
             return;
         }
+        slot.closing = true;
         self.by_device.remove(&slot.device_id);
-        self.when_quiet(
-            id,
-            Box::new(move |layer, reactor| {
-                layer.drop_module(reactor, id);
-                layer.free_slot(reactor, id);
-            }),
-        );
+        self.call_attention(id);
         self.settle(reactor);
     }
 
     /// Lets the module go; the slot stays for its users, and refuses.
     pub(crate) fn drop_module(&mut self, reactor: &mut Reactor, id: ChannelId) {
-        let module = self.slots[id.0 as usize].as_mut().and_then(|slot| slot.channel.take());
-        if let Some(mut module) = module {
-            module.close(self, reactor);
-        }
-        if let Some(slot) = &mut self.slots[id.0 as usize] {
-            slot.device = None;
+        let Some(slot) = &mut self.slots[id.0 as usize] else { return };
+        slot.gone = true;
+        let device = slot.device.take();
+        if let Some(mut module) = slot.channel.take() {
+            let close = AssertUnwindSafe(|| {
+                module.close(self, reactor);
+                drop(module);
+                drop(device);
+            });
+            if catch_unwind(close).is_err() {
+                log::say(Level::Error, "bdev", format_args!("a module panicked while its channel was closed"));
+            }
         }
     }
 
-    fn free_slot(&mut self, reactor: &mut Reactor, id: ChannelId) {
+    pub(super) fn free_slot(&mut self, reactor: &mut Reactor, id: ChannelId) {
         if let Some(slot) = self.slots[id.0 as usize].take() {
             slot.children.into_iter().for_each(|child| self.ios.give_back(child));
             slot.registry.book(slot.device_id, &slot.stats);
             self.remove_queue(slot.split_queue);
+            // Those of a module that could not do it itself: the channel's name may be given again.
+            let own = |queue: &super::Queue| matches!(queue.owner, Owner::Channel(owner) if owner == id);
+            for index in 0..self.queues.len() {
+                if own(&self.queues[index]) {
+                    self.remove_queue(super::QueueId(index as u32));
+                }
+            }
             reactor.remove_poller(slot.poller);
         }
     }
 
-    /// The channel of a device, if this reactor has one.
-    pub(crate) fn channel_of(&self, device: DeviceId) -> Option<ChannelId> {
-        self.by_device.get(&device).copied()
+    /// The channels of a device on this reactor: one in use at most, and those that still close.
+    pub(crate) fn channels_of(&self, device: DeviceId) -> Vec<ChannelId> {
+        let of_it = |slot: &Option<Slot>| slot.as_ref().is_some_and(|slot| slot.device_id == device);
+        self.slots.iter().enumerate().filter(|(_, slot)| of_it(slot)).map(|(index, _)| ChannelId(index as u32)).collect()
+    }
+
+    /// A job stops a device: a channel opened from now on starts paused.
+    pub(crate) fn hold(&mut self, device: DeviceId) {
+        if !self.held.contains(&device) {
+            self.held.push(device);
+        }
+    }
+
+    /// The job is over.
+    pub(crate) fn let_go(&mut self, device: DeviceId) {
+        self.held.retain(|other| *other != device);
     }
 
     /// The snapshot that I/O is checked against now.

@@ -2,7 +2,8 @@
 
 use qpair_wire::nvme::Status;
 
-use crate::{Info, Io, IoFlags, Op};
+use super::split::spans_too_much;
+use crate::{Info, Io, Op};
 
 /// What becomes of an I/O.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ pub(super) fn is_plain(info: &Info, io: &Io) -> bool {
 fn fits(info: &Info, io: &Io) -> bool {
     (info.max_io_blocks == 0 || io.blocks <= u64::from(info.max_io_blocks))
         && (info.max_segments == 0 || io.list.len() <= info.max_segments as usize)
-        && (!info.split_on_boundary || io.flags.contains(IoFlags::CHILD) || !crosses(info, io))
+        && (!info.split_on_boundary || !crosses(info, io))
 }
 
 fn crosses(info: &Info, io: &Io) -> bool {
@@ -47,7 +48,14 @@ fn crosses(info: &Info, io: &Io) -> bool {
 pub(super) fn route(info: &Info, io: &Io) -> Route {
     let changes = matches!(
         io.op,
-        Op::Write | Op::Unmap | Op::WriteZeroes | Op::CompareAndWrite | Op::Copy | Op::ZoneAppend | Op::ZoneManagement | Op::WriteUncorrectable
+        Op::Write
+            | Op::Unmap
+            | Op::WriteZeroes
+            | Op::CompareAndWrite
+            | Op::Copy
+            | Op::ZoneAppend
+            | Op::ZoneManagement
+            | Op::WriteUncorrectable
     );
     if changes && info.readonly {
         return Route::Answer(Status::NAMESPACE_WRITE_PROTECTED);
@@ -69,23 +77,40 @@ pub(super) fn route(info: &Info, io: &Io) -> Route {
     match io.op {
         Op::Read | Op::Write => transfer(info, io),
         Op::Unmap | Op::WriteZeroes => range(info, io),
+        Op::Compare | Op::ZoneAppend => whole(info, io, 1),
+        Op::CompareAndWrite => whole(info, io, 2),
+        Op::Copy if io.source_lba >= info.num_blocks || io.blocks > info.num_blocks - io.source_lba => {
+            Route::Answer(Status::LBA_OUT_OF_RANGE)
+        }
         _ => Route::Plain,
     }
 }
 
 fn transfer(info: &Info, io: &Io) -> Route {
-    let unit = u64::from(info.write_unit_blocks);
-    if io.list_bytes() != io.blocks << info.block_size.trailing_zeros() {
+    if io.list_bytes() != io.blocks << info.block_size.trailing_zeros() || (io.op == Op::Write && !in_units(info, io)) {
         return Route::Answer(Status::INVALID_FIELD);
     }
-    if io.op == Op::Write && unit > 1 && (!io.lba.is_multiple_of(unit) || !io.blocks.is_multiple_of(unit)) {
-        return Route::Answer(Status::INVALID_FIELD);
+    if fits(info, io) {
+        return Route::Plain;
     }
-    if fits(info, io) { Route::Plain } else { Route::Split }
+    if spans_too_much(info, io) { Route::Answer(Status::INVALID_SGL_COUNT) } else { Route::Split }
 }
 
 fn range(info: &Info, io: &Io) -> Route {
-    let emulated = !info.supported.has(io.op);
     let limit = u64::from(info.max_unmap_blocks);
-    if emulated || (limit != 0 && io.blocks > limit) { Route::Split } else { Route::Plain }
+    if info.supported.has(io.op) {
+        return if limit != 0 && io.blocks > limit { Route::Split } else { Route::Plain };
+    }
+    if in_units(info, io) { Route::Split } else { Route::Answer(Status::INVALID_FIELD) }
+}
+
+/// What has data and means something as a whole only: `times` the range's bytes.
+fn whole(info: &Info, io: &Io, times: u64) -> Route {
+    let bytes = (io.blocks << info.block_size.trailing_zeros()).checked_mul(times);
+    if Some(io.list_bytes()) == bytes && fits(info, io) { Route::Plain } else { Route::Answer(Status::INVALID_FIELD) }
+}
+
+fn in_units(info: &Info, io: &Io) -> bool {
+    let unit = u64::from(info.write_unit_blocks);
+    io.lba % unit == 0 && io.blocks % unit == 0
 }

@@ -3,7 +3,7 @@
 //! How it works. `submit` checks a batch, and passes what is plain straight to the channel. What must be split, wait
 //! for room or wait for a paused device takes the slow path. `complete` only books and queues; [`Layer::settle`] does
 //! what follows from completions (starts what waited, runs inner layers, tells drains that all is quiet) in a loop, never
-//! by recursion. Whoever reaps settles first.
+//! by recursion. Whoever reaps settles first; the layer has a poller of its own for when nobody does.
 //!
 //! **Each I/O completes exactly once.** An I/O is in one state: held by its front end, waiting here, submitted, done.
 //! `submit` takes it from held; it leaves `submitted` only in `complete`, which asserts that state and the name's
@@ -22,12 +22,14 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
+use qpair_memory::Region;
 use qpair_reactor::{LocalWaker, PollerId, Reactor};
 use qpair_wire::nvme::Status;
 
 use crate::io::{Slab, State};
-use crate::{Channel, lifecycle, Device, DeviceId, Frame, Info, Io, IoFlags, IoId, Registry, Stats};
+use crate::{Channel, Device, DeviceId, Frame, Info, Io, IoFlags, IoId, Op, Registry, Stats, lifecycle};
 use check::Route;
+pub(crate) use split::{ZEROS, slice};
 
 /// I/Os of a reactor unless configured.
 pub const IOS_DEFAULT: u32 = 2048;
@@ -80,6 +82,12 @@ pub(crate) struct Slot {
     inflight: u32,
     /// Split I/Os not yet complete.
     parents: u32,
+    /// Resets asked for through this channel and not yet answered.
+    resets: u32,
+    /// The last user left: freed when nothing is under way or waits.
+    closing: bool,
+    /// The module panicked or was let go; nothing is passed to it.
+    gone: bool,
     waiting: VecDeque<IoId>,
     splitting: VecDeque<IoId>,
     children: Vec<IoId>,
@@ -94,6 +102,20 @@ pub(crate) struct Slot {
 impl Slot {
     fn is_quiet(&self) -> bool {
         self.inflight == 0 && self.parents == 0
+    }
+
+    /// Whether a completion means nothing to anything that waits here.
+    #[inline]
+    fn is_calm(&self) -> bool {
+        self.state == ChannelState::Open
+            && self.waiting.is_empty()
+            && self.splitting.is_empty()
+            && self.when_quiet.is_empty()
+            && !self.closing
+    }
+
+    fn may_be_freed(&self) -> bool {
+        self.closing && self.is_quiet() && self.resets == 0 && self.waiting.is_empty() && self.when_quiet.is_empty()
     }
 
     #[inline]
@@ -117,6 +139,12 @@ pub struct Layer {
     inner_ready: Vec<QueueId>,
     scratch: Vec<IoId>,
     child_batch: Vec<IoId>,
+    spare: Vec<IoId>,
+    /// What write-zeroes is emulated from; made when a channel needs it.
+    zeros: Option<Region>,
+    /// Devices that a job holds still: a channel opened meanwhile starts paused.
+    held: Vec<DeviceId>,
+    waker: Option<LocalWaker>,
     now_ns: u64,
 }
 
@@ -132,7 +160,14 @@ impl Layer {
     /// As [`of`](Self::of), with a count of I/Os for the first use.
     pub fn install(reactor: &mut Reactor, ios: u32) -> Rc<RefCell<Self>> {
         let holder = reactor.local::<Holder>();
-        holder.0.borrow_mut().get_or_insert_with(|| Rc::new_cyclic(|me| RefCell::new(Self::new(me.clone(), ios)))).clone()
+        if let Some(layer) = &*holder.0.borrow() {
+            return layer.clone();
+        }
+        let layer = Rc::new_cyclic(|me| RefCell::new(Self::new(me.clone(), ios)));
+        let poller = reactor.add_poller("bdev_layer", Box::new(settle::Settler(Rc::downgrade(&layer))));
+        layer.borrow_mut().waker = reactor.waker(poller);
+        holder.0.replace(Some(layer.clone()));
+        layer
     }
 
     fn new(me: Weak<RefCell<Self>>, ios: u32) -> Self {
@@ -147,8 +182,17 @@ impl Layer {
             inner_ready: Vec::with_capacity(16),
             scratch: Vec::with_capacity(256),
             child_batch: Vec::with_capacity(64),
+            spare: Vec::with_capacity(256),
+            zeros: None,
+            held: Vec::new(),
+            waker: None,
             now_ns: 0,
         }
+    }
+
+    /// Another waker for a front end's queue: its poller was replaced.
+    pub fn set_waker(&mut self, queue: QueueId, waker: LocalWaker) {
+        self.queues[queue.0 as usize].owner = Owner::FrontEnd(waker);
     }
 
     /// A completion queue for a front end; `waker` is woken when something comes.
@@ -163,7 +207,10 @@ impl Layer {
 
     fn new_queue(&mut self, owner: Owner) -> QueueId {
         let queue = Queue { entries: Vec::with_capacity(256), owner };
-        let free = self.queues.iter().position(|queue| matches!(queue.owner, Owner::Nobody) && queue.entries.is_empty());
+        let free = (0..self.queues.len()).find(|index| {
+            let Queue { owner, entries } = &self.queues[*index];
+            matches!(owner, Owner::Nobody) && entries.is_empty() && !self.ios.names_queue(QueueId(*index as u32))
+        });
         let index = free.unwrap_or(self.queues.len());
         match self.queues.get_mut(index) {
             Some(place) => *place = queue,
@@ -172,9 +219,23 @@ impl Layer {
         QueueId(index as u32)
     }
 
-    /// Gives a queue up. Its owner has reaped everything it submitted.
+    /// Gives a queue up. I/Os that its owner has not reaped go back to the slab when they are done; those that it
+    /// passed on for somebody above fail there.
     pub fn remove_queue(&mut self, queue: QueueId) {
-        self.queues[queue.0 as usize].owner = Owner::Nobody;
+        let place = &mut self.queues[queue.0 as usize];
+        place.owner = Owner::Nobody;
+        if !place.entries.is_empty() {
+            self.inner_ready.push(queue);
+            self.call_settler();
+        }
+    }
+
+    /// Has the layer's own poller settle soon.
+    #[inline]
+    fn call_settler(&self) {
+        if let Some(waker) = &self.waker {
+            waker.wake();
+        }
     }
 
     /// Takes an I/O from the slab; None: all are in use, try again after some completed.
@@ -248,12 +309,23 @@ impl Layer {
 
     #[cold]
     fn submit_slowly(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
+        // All are looked at before any is touched: a submitter with a bug loses nothing of what it did right.
+        for id in batch {
+            let state = self.ios.get(*id).state;
+            assert!(state == State::Held, "I/O submitted in state {state:?}");
+        }
+        assert!(self.slot(channel).is_some_and(|slot| !slot.closing), "I/O submitted to a channel that was closed");
         let mut ready = std::mem::take(&mut self.scratch);
         for &id in batch {
-            let io = self.ios.get_mut(id);
-            assert!(io.state == State::Held, "I/O submitted in state {:?}", io.state);
-            let frame = io.frame_mut();
-            (frame.channel, frame.submitted_ns) = (channel, self.now_ns);
+            let now_ns = self.now_ns;
+            let frame = self.ios.get_mut(id).frame_mut();
+            (frame.channel, frame.submitted_ns) = (channel, now_ns);
+            let Some(slot) = &mut self.slots[channel.0 as usize] else { continue };
+            if slot.state != ChannelState::Closed && (slot.state == ChannelState::Paused || !slot.waiting.is_empty()) {
+                self.ios.get_mut(id).state = State::Waiting;
+                slot.waiting.push_back(id);
+                continue;
+            }
             self.route(reactor, channel, id, &mut ready);
         }
         if !ready.is_empty() {
@@ -264,24 +336,20 @@ impl Layer {
         self.pump_splits(reactor, channel);
     }
 
-    /// Decides where one I/O goes. Those that go to the device now are added to `ready` and booked in flight.
-    fn route(&mut self, reactor: &Reactor, channel: ChannelId, id: IoId, ready: &mut Vec<IoId>) {
-        let io = self.ios.get_mut(id);
-        let Some(slot) = self.slots.get_mut(channel.0 as usize).and_then(Option::as_mut) else {
-            panic!("I/O submitted to a channel that was closed");
-        };
+    /// Decides where one I/O goes. Those that go to the device now are added to `ready` and booked in flight; one for
+    /// which the device has no room goes to the head of those that wait, and false is returned.
+    fn route(&mut self, reactor: &Reactor, channel: ChannelId, id: IoId, ready: &mut Vec<IoId>) -> bool {
+        let Some(slot) = &mut self.slots[channel.0 as usize] else { return true };
         if slot.state == ChannelState::Closed {
-            return self.refuse(channel, id, Status::INVALID_NAMESPACE);
+            self.refuse(channel, id, Status::INVALID_NAMESPACE);
+            return true;
         }
-        if slot.state == ChannelState::Paused || !slot.waiting.is_empty() {
-            io.state = State::Waiting;
-            slot.waiting.push_back(id);
-            return;
-        }
+        let io = self.ios.get_mut(id);
         match check::route(&slot.info, io) {
             Route::Plain if slot.room() == 0 => {
                 io.state = State::Waiting;
-                slot.waiting.push_back(id);
+                slot.waiting.push_front(id);
+                return false;
             }
             Route::Plain => {
                 io.state = State::Submitted;
@@ -299,10 +367,13 @@ impl Layer {
                 io.state = State::Submitted;
                 // Not in flight itself: it waits for all that is.
                 io.flags |= IoFlags::SPLIT;
-                lifecycle::reset(&slot.registry.clone(), slot.device_id, reactor.handle(), id);
+                slot.resets += 1;
+                let (registry, device) = (slot.registry.clone(), slot.device_id);
+                lifecycle::reset(&registry, device, reactor.handle(), id);
             }
             Route::Answer(status) => self.refuse(channel, id, status),
         }
+        true
     }
 
     /// Completes an I/O that the device never sees.
@@ -345,26 +416,33 @@ impl Layer {
         io.state = State::Done;
         io.status = status;
         let Frame { queue, channel, submitted_ns, .. } = *io.frame();
+        let place = &mut self.queues[queue.0 as usize];
         if let Some(slot) = &mut self.slots[channel.0 as usize] {
             if !io.flags.contains(IoFlags::SPLIT) {
                 slot.inflight -= 1;
+            } else if io.op == Op::Reset {
+                slot.resets -= 1;
             }
-            if !io.flags.contains(IoFlags::CHILD) {
+            // What the layer itself asked for is booked once: with the parent.
+            if !matches!(place.owner, Owner::Split(_)) {
                 let bytes = io.blocks << slot.info.block_size.trailing_zeros();
                 slot.stats.book(io.op, bytes, self.now_ns.saturating_sub(submitted_ns), status.is_error());
             }
-            let calm = slot.state == ChannelState::Open && slot.waiting.is_empty() && slot.splitting.is_empty();
-            if !calm && !slot.attention {
+            if !slot.is_calm() && !slot.attention {
                 slot.attention = true;
                 self.attention.push(channel);
+                if let Some(waker) = &self.waker {
+                    waker.wake();
+                }
             }
         }
-        let place = &mut self.queues[queue.0 as usize];
         place.entries.push(id);
         match &place.owner {
             Owner::FrontEnd(waker) => waker.wake(),
-            Owner::Nobody => {}
-            _ if place.entries.len() == 1 => self.inner_ready.push(queue),
+            _ if place.entries.len() == 1 => {
+                self.inner_ready.push(queue);
+                self.call_settler();
+            }
             _ => {}
         }
     }
@@ -402,20 +480,46 @@ impl Layer {
         if !self.ios.is_current(id) {
             return;
         }
-        let io = self.ios.get(id);
-        let channel = io.frame().channel;
-        match io.state {
-            State::Waiting => {
-                if let Some(slot) = &mut self.slots[channel.0 as usize] {
-                    slot.waiting.retain(|other| *other != id);
-                }
-                self.refuse(channel, id, Status::ABORT_REQUESTED);
-            }
-            State::Submitted if !io.flags.contains(IoFlags::SPLIT) => {
-                self.with_channel(reactor, channel, |module, layer, reactor| module.abort(layer, reactor, id));
-            }
-            _ => {}
+        let io = self.ios.get_mut(id);
+        if !matches!(io.state, State::Waiting | State::Submitted) {
+            return;
         }
+        let channel = io.frame().channel;
+        if io.state == State::Waiting {
+            if let Some(slot) = &mut self.slots[channel.0 as usize] {
+                slot.waiting.retain(|other| *other != id);
+            }
+            return self.refuse(channel, id, Status::ABORT_REQUESTED);
+        }
+        if !io.flags.contains(IoFlags::SPLIT) {
+            self.with_channel(reactor, channel, |module, layer, reactor| module.abort(layer, reactor, id));
+        } else if io.op != Op::Reset {
+            // Nothing more of it is handed out; its children are asked to end.
+            if !io.status.is_error() {
+                io.status = Status::ABORT_REQUESTED;
+            }
+            for child in self.children_of(channel, id) {
+                self.abort(reactor, child);
+            }
+            self.call_attention(channel);
+        }
+    }
+
+    #[inline]
+    fn slot(&self, channel: ChannelId) -> Option<&Slot> {
+        self.slots.get(channel.0 as usize).and_then(Option::as_ref)
+    }
+
+    /// Asks for an early end of everything that will come to `queue`. Walks the slab: control plane only.
+    pub fn abort_queue(&mut self, reactor: &mut Reactor, queue: QueueId) {
+        let of_queue = |id: &IoId| {
+            let io = self.ios.get(*id);
+            io.depth > 0 && io.frame().queue == queue
+        };
+        for id in self.ios.names().filter(of_queue).collect::<Vec<_>>() {
+            self.abort(reactor, id);
+        }
+        self.settle(reactor);
     }
 
     /// The turn's time as the layer knows it.

@@ -1,26 +1,47 @@
 //! What follows from completions, done in a loop and never by recursion.
 
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Weak;
 
-use qpair_reactor::Reactor;
 use qpair_reactor::log::{self, Level};
+use qpair_reactor::{Poller, Reactor};
 use qpair_wire::nvme::Status;
 
 use super::{ChannelState, Layer, Owner, QueueId, Then};
 use crate::io::State;
 use crate::{Channel, ChannelId, IoFlags, IoId};
 
+/// Settles when nobody who reaps does: a submitter need not wait for its first completion to have its second.
+pub(super) struct Settler(pub(super) Weak<RefCell<Layer>>);
+
+impl Poller for Settler {
+    fn poll(&mut self, reactor: &mut Reactor) -> usize {
+        let Some(layer) = self.0.upgrade() else { return 0 };
+        let mut layer = layer.borrow_mut();
+        layer.now_ns = reactor.now_ns();
+        let work = layer.attention.len() + layer.inner_ready.len();
+        layer.settle(reactor);
+        work
+    }
+}
+
 impl Layer {
-    /// Starts what waited, runs inner layers, tells drains that all is quiet; until nothing is left to do.
+    /// Starts what waited, runs inner layers, tells drains that all is quiet; until nothing is left to do. Not to be
+    /// called from inside a [`Channel`]: what follows may be a call into that very channel.
     #[inline]
     pub fn settle(&mut self, reactor: &mut Reactor) {
         while !(self.attention.is_empty() && self.inner_ready.is_empty()) {
-            if let Some(channel) = self.attention.pop() {
-                self.tend(reactor, channel);
+            while !(self.attention.is_empty() && self.inner_ready.is_empty()) {
+                if let Some(channel) = self.attention.pop() {
+                    self.tend(reactor, channel);
+                }
+                if let Some(queue) = self.inner_ready.pop() {
+                    self.deliver_inside(reactor, queue);
+                }
             }
-            if let Some(queue) = self.inner_ready.pop() {
-                self.deliver_inside(reactor, queue);
-            }
+            // No front end ends the batches that were begun here.
+            self.unplug(reactor);
         }
     }
 
@@ -31,6 +52,7 @@ impl Layer {
         {
             slot.attention = true;
             self.attention.push(channel);
+            self.call_settler();
         }
     }
 
@@ -44,35 +66,26 @@ impl Layer {
         }
         self.pump_splits(reactor, channel);
         self.run_when_quiet(reactor, channel);
+        if self.slot(channel).is_some_and(super::Slot::may_be_freed) {
+            self.drop_module(reactor, channel);
+            self.free_slot(reactor, channel);
+        }
     }
 
-    /// Moves waiting I/Os on as long as the device has room.
+    /// Moves waiting I/Os on, in their order, as long as the device has room.
     fn start_waiting(&mut self, reactor: &mut Reactor, channel: ChannelId) {
         let mut ready = std::mem::take(&mut self.scratch);
         while let Some(slot) = &mut self.slots[channel.0 as usize] {
-            let waiting = std::mem::take(&mut slot.waiting);
-            let before = waiting.len();
-            // Routed with an empty queue, so that order is kept; what does not fit queues up again behind.
-            let mut rest = waiting.into_iter();
-            for id in rest.by_ref() {
-                self.ios.get_mut(id).state = State::Held;
-                self.route(reactor, channel, id, &mut ready);
-                if self.slots[channel.0 as usize].as_ref().is_none_or(|slot| !slot.waiting.is_empty()) {
-                    break;
-                }
-            }
-            if let Some(slot) = &mut self.slots[channel.0 as usize] {
-                slot.waiting.extend(rest);
-            }
-            if ready.is_empty() {
+            let Some(id) = slot.waiting.pop_front() else { break };
+            self.ios.get_mut(id).state = State::Held;
+            if !self.route(reactor, channel, id, &mut ready) {
                 break;
             }
+        }
+        if !ready.is_empty() {
+            // What ends at once makes room, and calls attention again.
             self.dispatch(reactor, channel, &ready);
             ready.clear();
-            let left = self.slots[channel.0 as usize].as_ref().map_or(0, |slot| slot.waiting.len());
-            if left == 0 || left == before {
-                break;
-            }
         }
         self.scratch = ready;
     }
@@ -85,20 +98,34 @@ impl Layer {
 
     /// Hands completions to the layer that is stacked here, or merges children into their parents.
     fn deliver_inside(&mut self, reactor: &mut Reactor, queue: QueueId) {
+        let spare = std::mem::take(&mut self.spare);
         let place = &mut self.queues[queue.0 as usize];
-        let mut entries = std::mem::take(&mut place.entries);
+        let mut entries = std::mem::replace(&mut place.entries, spare);
         match place.owner {
             Owner::Split(channel) => entries.iter().for_each(|id| self.end_child(channel, *id)),
-            Owner::Channel(channel) => {
-                self.with_channel(reactor, channel, |module, layer, reactor| module.completed(layer, reactor, &entries));
-            }
-            Owner::FrontEnd(_) | Owner::Nobody => {}
+            Owner::Channel(channel) => match self.slot(channel) {
+                Some(slot) if !slot.gone => {
+                    self.with_channel(reactor, channel, |module, layer, reactor| module.completed(layer, reactor, &entries));
+                }
+                _ => entries.iter().for_each(|id| self.end_orphan(*id)),
+            },
+            Owner::Nobody => entries.iter().for_each(|id| self.end_orphan(*id)),
+            // Only queues of the layer's own are put on the list, and none of them turns into a front end's while it has entries.
+            Owner::FrontEnd(_) => {}
         }
         entries.clear();
-        let place = &mut self.queues[queue.0 as usize];
-        if place.entries.is_empty() {
-            place.entries = entries;
+        self.spare = entries;
+    }
+
+    /// An I/O whose submitter is gone: it fails for whoever is above, or goes back to the slab.
+    fn end_orphan(&mut self, id: IoId) {
+        self.retrieve(id);
+        let io = self.ios.get_mut(id);
+        if io.depth == 0 {
+            return self.ios.give_back(id);
         }
+        io.state = State::Submitted;
+        self.complete(id, Status::INTERNAL_DEVICE_ERROR);
     }
 
     /// Runs `then` once nothing of this channel is in flight; at once if that is so now (at the next settle).
@@ -119,7 +146,8 @@ impl Layer {
         }
     }
 
-    /// Calls into a module with the layer at its disposal. A panic poisons the channel, and only it.
+    /// Calls into a module with the layer at its disposal. A panic poisons the channel, and only it. None: there is no
+    /// module any more.
     #[inline]
     pub(crate) fn with_channel<R>(
         &mut self,
@@ -127,7 +155,9 @@ impl Layer {
         channel: ChannelId,
         call: impl FnOnce(&mut dyn Channel, &mut Layer, &mut Reactor) -> R,
     ) -> Option<R> {
-        let Some(mut module) = self.slots[channel.0 as usize].as_mut().and_then(|slot| slot.channel.take()) else {
+        let slot = self.slots[channel.0 as usize].as_mut()?;
+        let Some(mut module) = slot.channel.take() else {
+            assert!(slot.gone, "{}: a channel was called from inside itself", slot.info.name);
             self.fail_inflight(channel);
             return None;
         };
@@ -140,6 +170,8 @@ impl Layer {
             }
             Err(_) => {
                 self.poison(channel);
+                // A module that panicked may do so again while it is dropped.
+                let _ = catch_unwind(AssertUnwindSafe(|| drop(module)));
                 None
             }
         }
@@ -147,10 +179,15 @@ impl Layer {
 
     /// A module panicked: its channel takes no more, and whatever it had ends with an error.
     #[cold]
-    fn poison(&mut self, channel: ChannelId) {
+    pub(super) fn poison(&mut self, channel: ChannelId) {
         let Some(slot) = &mut self.slots[channel.0 as usize] else { return };
-        log::say(Level::Error, "bdev", format_args!("{}: its module panicked; this channel of it fails all I/O from now on", slot.info.name));
+        log::say(
+            Level::Error,
+            "bdev",
+            format_args!("{}: its module panicked; this channel of it fails all I/O from now on", slot.info.name),
+        );
         slot.state = ChannelState::Closed;
+        slot.gone = true;
         self.fail_inflight(channel);
         self.call_attention(channel);
     }
@@ -158,6 +195,9 @@ impl Layer {
     /// Ends all that is with a device that will not do it.
     #[cold]
     fn fail_inflight(&mut self, channel: ChannelId) {
+        if self.slot(channel).is_none_or(|slot| slot.inflight == 0) {
+            return;
+        }
         for id in self.inflight_of(channel) {
             self.complete(id, Status::INTERNAL_DEVICE_ERROR);
         }
@@ -170,5 +210,16 @@ impl Layer {
             io.state == State::Submitted && !io.flags.contains(IoFlags::SPLIT) && io.depth > 0 && io.frame().channel == channel
         };
         self.ios.names().filter(with_it).collect()
+    }
+
+    /// The children of a split I/O that are with its device now. Walks the slab.
+    pub(super) fn children_of(&self, channel: ChannelId, parent: IoId) -> Vec<IoId> {
+        let mut children = self.inflight_of(channel);
+        let queue = self.slot(channel).map(|slot| slot.split_queue);
+        children.retain(|id| {
+            let frame = self.ios.get(*id).frame();
+            Some(frame.queue) == queue && IoId::unpack(frame.tag) == parent
+        });
+        children
     }
 }

@@ -3,11 +3,12 @@
 //! A parent hands out children one after the other, as children are free and the device has room; it is complete
 //! when all of it was handed out and the last child is back, with the first error any of them met. After an error, or when
 //! the channel closes, nothing more is handed out. Write-zeroes on a device without it is done by writes from a
-//! region of zeros.
+//! region of zeros. Children are whole blocks (writes: whole write units), so an I/O with a block in more segments than
+//! the device takes cannot be split: it is refused before anything of it is begun ([`spans_too_much`]).
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use qpair_memory::{Mapping, Pages, Region, SgList, Sge};
+use qpair_memory::{Mapping, MemoryError, Pages, Region, SgList, Sge};
 use qpair_reactor::Reactor;
 use qpair_wire::nvme::Status;
 
@@ -16,7 +17,7 @@ use crate::io::State;
 use crate::{ChannelId, Info, Io, IoFlags, IoId, Op};
 
 /// Size of the region of zeros in bytes.
-const ZEROS: u64 = 1 << 20;
+pub(crate) const ZEROS: u64 = 1 << 20;
 
 impl Layer {
     /// Hands out as many children as can start now.
@@ -57,15 +58,18 @@ impl Layer {
     }
 
     fn fill_child(&mut self, channel: ChannelId, parent: IoId, child: IoId) {
+        let mut list = std::mem::take(&mut self.ios.get_mut(child).list);
         let Some(slot) = &self.slots[channel.0 as usize] else { return };
         let (queue, now_ns) = (slot.split_queue, self.now_ns);
+        let io = self.ios.get(parent);
+        let (op, blocks) = part_of(&slot.info, io, self.zeros.as_ref(), &mut list);
         let io = self.ios.get_mut(parent);
-        let (part, lba) = (part_of(&slot.info, io), io.lba + io.split_blocks);
-        io.split_blocks += part.blocks;
+        let lba = io.lba + io.split_blocks;
+        io.split_blocks += blocks;
         io.split_pending += 1;
         let flags = (io.flags - IoFlags::SPLIT) | IoFlags::CHILD;
         let io = self.ios.get_mut(child);
-        (io.op, io.lba, io.blocks, io.list, io.flags) = (part.op, lba, part.blocks, part.list, flags);
+        (io.op, io.lba, io.blocks, io.list, io.flags) = (op, lba, blocks, list, flags);
         (io.status, io.state) = (Status::SUCCESS, State::Submitted);
         io.push(queue, parent.pack());
         let frame = io.frame_mut();
@@ -107,58 +111,81 @@ impl Layer {
     }
 }
 
-struct Part {
-    op: Op,
-    blocks: u64,
-    list: SgList,
+/// The next piece of a parent, as large as the device takes: what to do with how many blocks. Its data go to `list`, which
+/// is empty and keeps its heap space.
+fn part_of(info: &Info, io: &Io, zeros: Option<&Region>, list: &mut SgList) -> (Op, u64) {
+    let left = io.blocks - io.split_blocks;
+    let emulated = io.op == Op::WriteZeroes && !info.supported.has(Op::WriteZeroes);
+    if !emulated && !matches!(io.op, Op::Read | Op::Write) {
+        let limit = u64::from(info.max_unmap_blocks);
+        return (io.op, if limit == 0 { left } else { left.min(limit) });
+    }
+    let block = u64::from(info.block_size);
+    let mut blocks = transfer_max(info, io.lba + io.split_blocks, left);
+    if emulated {
+        blocks = whole_units(info, blocks.min(ZEROS / block));
+        // Reserved when the channel was opened; without it the child fails at the device for its missing data.
+        list.extend(zeros.map(|zeros| Sge { region: zeros.clone(), offset: 0, length: (blocks * block) as u32 }));
+        return (Op::Write, blocks);
+    }
+    let unit = if io.op == Op::Write { u64::from(info.write_unit_blocks) } else { 1 };
+    let start = io.split_blocks * block;
+    let taken = slice(&io.list, start, blocks * block, segments_max(info), list);
+    if taken < blocks * block {
+        // Cut by the limit of segments, perhaps within a block: then fewer, but whole ones. `spans_too_much` saw to it
+        // that one is left.
+        blocks = taken / (block * unit) * unit;
+        list.clear();
+        slice(&io.list, start, blocks * block, usize::MAX, list);
+    }
+    (io.op, blocks)
 }
 
-/// The next piece of a parent: as large as the device takes.
-fn part_of(info: &Info, io: &Io) -> Part {
-    let left = io.blocks - io.split_blocks;
-    let lba = io.lba + io.split_blocks;
-    let block = u64::from(info.block_size);
+/// How many of `left` blocks at `lba` one transfer may have, by size and boundary.
+fn transfer_max(info: &Info, lba: u64, left: u64) -> u64 {
     let mut blocks = left;
-    let emulated = io.op == Op::WriteZeroes && !info.supported.has(Op::WriteZeroes);
-    let data = emulated || matches!(io.op, Op::Read | Op::Write);
-    let limit = u64::from(if data { info.max_io_blocks } else { info.max_unmap_blocks });
-    if limit != 0 {
-        blocks = blocks.min(limit);
+    if info.max_io_blocks != 0 {
+        blocks = blocks.min(whole_units(info, u64::from(info.max_io_blocks)));
     }
-    if data && info.split_on_boundary && info.optimal_io_boundary != 0 {
+    if info.split_on_boundary && info.optimal_io_boundary != 0 {
         let boundary = u64::from(info.optimal_io_boundary);
         blocks = blocks.min(boundary - lba % boundary);
     }
-    if emulated {
-        blocks = blocks.min(ZEROS / block);
-        let whole = Sge { region: zeros(), offset: 0, length: (blocks * block) as u32 };
-        return Part { op: Op::Write, blocks, list: SgList::from_iter([whole]) };
-    }
-    if !data {
-        return Part { op: io.op, blocks, list: SgList::new() };
-    }
-    let list = slice(&io.list, io.split_blocks * block, blocks * block, segments_max(info));
-    // A cut by segments may leave part of a block: then fewer, but whole blocks.
-    let bytes: u64 = list.iter().map(|entry| u64::from(entry.length)).sum();
-    if bytes == blocks * block {
-        return Part { op: io.op, blocks, list };
-    }
-    blocks = bytes / block;
-    if blocks == 0 {
-        // One block in more pieces than the device takes: bounced as a whole would be the cure; it is refused by `route`.
-        return Part { op: io.op, blocks: 1, list: slice(&io.list, io.split_blocks * block, block, usize::MAX) };
-    }
-    let list = slice(&io.list, io.split_blocks * block, blocks * block, usize::MAX);
-    Part { op: io.op, blocks, list }
+    blocks
+}
+
+/// `blocks` rounded down to what the device writes at once; both are such that this leaves one unit at least.
+fn whole_units(info: &Info, blocks: u64) -> u64 {
+    let unit = u64::from(info.write_unit_blocks);
+    blocks / unit * unit
 }
 
 fn segments_max(info: &Info) -> usize {
     if info.max_segments == 0 { usize::MAX } else { info.max_segments as usize }
 }
 
-/// `length` bytes of a list from byte `start`, in at most `most` entries.
-fn slice(list: &[Sge], start: u64, length: u64, most: usize) -> SgList {
-    let mut out = SgList::new();
+/// Whether some block (or write unit) lies in more pieces than the device takes: no way of splitting helps then.
+pub(super) fn spans_too_much(info: &Info, io: &Io) -> bool {
+    let unit = if io.op == Op::Write { u64::from(info.write_unit_blocks) } else { 1 };
+    let size = u64::from(info.block_size) * unit;
+    let (mut at, mut pieces) = (0, 0);
+    for entry in io.list.iter().filter(|entry| entry.length > 0) {
+        let end = at + u64::from(entry.length);
+        pieces = if at % size == 0 { 1 } else { pieces + 1 };
+        if pieces > segments_max(info) {
+            return true;
+        }
+        // The piece that crosses into a later unit is that unit's first.
+        if end / size != at / size {
+            pieces = 1;
+        }
+        at = end;
+    }
+    false
+}
+
+/// Appends `length` bytes of a list from byte `start` to `out`, in at most `most` entries; returns the bytes.
+pub(crate) fn slice(list: &[Sge], start: u64, length: u64, most: usize, out: &mut SgList) -> u64 {
     let (mut skip, mut left) = (start, length);
     for entry in list {
         let size = u64::from(entry.length);
@@ -173,11 +200,16 @@ fn slice(list: &[Sge], start: u64, length: u64, most: usize) -> SgList {
         out.push(Sge { region: entry.region.clone(), offset: entry.offset + skip, length: take as u32 });
         (skip, left) = (0, left - take);
     }
-    out
+    length - left
 }
 
-fn zeros() -> Region {
-    static ZERO: OnceLock<Option<Arc<Mapping>>> = OnceLock::new();
-    let mapping = ZERO.get_or_init(|| Mapping::anonymous(ZEROS as usize, Pages::Normal).ok()).clone();
-    Region::new(mapping.unwrap_or_else(|| panic!("no memory for {ZEROS} bytes of zeros")))
+/// The region that zeros are written from.
+pub(super) fn zeros() -> Result<Region, MemoryError> {
+    static ZERO: Mutex<Option<Arc<Mapping>>> = Mutex::new(None);
+    let mut shared = ZERO.lock().unwrap_or_else(PoisonError::into_inner);
+    let mapping = match &*shared {
+        Some(mapping) => mapping.clone(),
+        None => shared.insert(Mapping::anonymous(ZEROS as usize, Pages::Normal)?).clone(),
+    };
+    Ok(Region::new(mapping))
 }
