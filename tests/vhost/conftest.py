@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def open_fds() -> set[str]:
 
 
 @pytest.fixture
-def count_fds() -> Iterator[Callable[[], set[str]]]:
+def count_fds() -> Callable[[], set[str]]:
     """Open descriptors of this process, named."""
     return open_fds
 

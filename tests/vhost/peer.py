@@ -18,6 +18,7 @@ ALL_PROTOCOL_FEATURES = (
     | ProtocolFeatures.CONFIG
     | ProtocolFeatures.INFLIGHT_SHMFD
     | ProtocolFeatures.RESET_DEVICE
+    | ProtocolFeatures.CONFIGURE_MEM_SLOTS
 )
 PROTOCOL_FEATURES_BIT = 1 << 30
 

@@ -37,12 +37,15 @@ REQUESTS: list[tuple[str, m.Message, bool, int]] = [
     ("set_vring_enable", m.SetVringEnable(0, 1), True, 0),
     ("get_config", m.GetConfig.of(60), False, 0),
     ("set_config", m.SetConfig(32, 1, 0, b"\0"), True, 0),
+    ("add_mem_reg", m.AddMemReg(m.MemoryRegion(0x7F0A00000000, 0x1234, 0x7F0A00000000, 0x1000)), True, 1),
+    ("rem_mem_reg", m.RemMemReg(m.MemoryRegion(0x7F0A00000000, 0x1234, 0x7F0A00000000, 0)), True, 0),
     ("set_inflight_fd", m.SetInflightFd(0x1400, 0, 2, 256), True, 1),
 ]
 REPLIES: list[tuple[str, m.Message | m.Ack]] = [
     ("features_reply", m.Features(0x170007246)),
     ("vring_base_reply", m.VringBase(1, 0xFFFE)),
     ("config_reply", m.ConfigReply(0, 60, 0, CONFIG)),
+    ("max_mem_slots_reply", m.MaxMemSlots(64)),
     ("ack", m.Ack(Request.SET_MEM_TABLE, 22)),
 ]
 
@@ -103,7 +106,7 @@ def test_an_unknown_request_is_refused(number: int) -> None:
     assert str(error) == f"header: request is {number}, must be a known request, 1 to 43"
 
 
-@pytest.mark.parametrize("request_", [Request.SET_LOG_BASE, Request.SEND_RARP, Request.ADD_MEM_REG, Request.GPU_SET_SOCKET])
+@pytest.mark.parametrize("request_", [Request.SET_LOG_BASE, Request.SEND_RARP, Request.SET_STATUS, Request.GPU_SET_SOCKET])
 def test_a_request_that_is_no_block_devices_is_refused_by_name(request_: Request) -> None:
     error = refusal(message(request_, bytes(8)))
     assert str(error) == f"header: request is {request_.name} ({request_:d}), must be one that a block device supports"

@@ -324,6 +324,90 @@ async def test_an_inflight_descriptor_that_comes_too_late_is_closed(
     await eventually(lambda: not [name for name in count_fds() if "inflight" in name], "the descriptor is closed")
 
 
+# -- memory that comes and goes in regions --------------------------------------------------------
+
+
+def region(number: int) -> m.MemoryRegion:
+    return m.MemoryRegion(number << 32, 0x1000 + number, number << 32, 0)
+
+
+async def add(peer: Peer, number: int) -> tuple[int, int]:
+    """Add region ``number``, acknowledged; its file's identity."""
+    [identity] = with_files(1, lambda fds: peer.send(m.AddMemReg(region(number)), fds, need_reply=True))
+    frame = await peer.receive()
+    assert frame is not None
+    assert m.decode_reply(frame, to=Request.ADD_MEM_REG) == m.Ack(Request.ADD_MEM_REG, 0)
+    return identity
+
+
+def tables(recorder: VhostEngine) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Each table that the engine got: sizes of its regions past 4096, and its files."""
+    found = [call for call in recorder.calls if call.name == "vhost_set_mem_table"]
+    return [([entry[1] - 0x1000 for entry in call.args], list(call.files)) for call in found]
+
+
+async def test_regions_that_come_and_go_give_the_engine_a_whole_table_each(
+    peer: Peer, recorder: VhostEngine, count_fds: Callable[[], set[str]]
+) -> None:
+    await peer.agree()
+    assert (await peer.ask(m.GetMaxMemSlots())).value == 64
+    files = [await add(peer, number) for number in (1, 2, 3)]
+    assert await peer.order(m.RemMemReg(region(2))) == 0
+    assert tables(recorder) == [
+        ([1], files[:1]),
+        ([1, 2], files[:2]),
+        ([1, 2, 3], files),
+        ([1, 3], [files[0], files[2]]),
+    ]
+    assert len([name for name in count_fds() if "memfd" in name]) == 2, "the removed region's descriptor is closed"
+    whole = with_files(1, lambda fds: peer.send(m.SetMemTable((region(4),)), fds))
+    await peer.ask(m.GetFeatures())
+    assert tables(recorder)[-1] == ([4], whole)
+    assert len([name for name in count_fds() if "memfd" in name]) == 1, "those of the replaced table too"
+
+
+async def test_memory_descriptors_are_closed_with_the_session(
+    peer: Peer, controller: Any, caplog: pytest.LogCaptureFixture, count_fds: Callable[[], set[str]]
+) -> None:
+    await peer.agree()
+    for number in range(1, 9):
+        await add(peer, number)
+    peer.close()
+    await ended(controller, caplog)
+    assert not [name for name in count_fds() if "memfd" in name]
+
+
+async def test_a_region_that_the_engine_refuses_is_not_part_of_the_next_table(
+    peer: Peer, recorder: VhostEngine, count_fds: Callable[[], set[str]]
+) -> None:
+    await peer.agree()
+    await add(peer, 1)
+    recorder.refusals["vhost_set_mem_table"] = EngineError(errno.EINVAL, "regions 0 and 1 overlap")
+    with_files(1, lambda fds: peer.send(m.AddMemReg(region(2)), fds, need_reply=True))
+    frame = await peer.receive()
+    assert frame is not None
+    assert m.decode_reply(frame, to=Request.ADD_MEM_REG) == m.Ack(Request.ADD_MEM_REG, errno.EINVAL)
+    assert len([name for name in count_fds() if "memfd" in name]) == 1
+    recorder.refusals.clear()
+    await add(peer, 3)
+    assert tables(recorder)[-1][0] == [1, 3]
+
+
+async def test_a_sixty_fifth_region_ends_the_session(peer: Peer, controller: Any, caplog: pytest.LogCaptureFixture) -> None:
+    await peer.agree()
+    for number in range(1, 65):
+        await add(peer, number)
+    with_files(1, lambda fds: peer.send(m.AddMemReg(region(65)), fds))
+    assert await broken(peer, controller, caplog) == "ADD_MEM_REG: number of regions is 65, must be at most 64"
+
+
+async def test_removing_a_region_that_is_not_there_ends_the_session(peer: Peer, controller: Any, caplog: pytest.LogCaptureFixture) -> None:
+    await peer.agree()
+    await add(peer, 1)
+    peer.send(m.RemMemReg(region(2)))
+    assert await broken(peer, controller, caplog) == "REM_MEM_REG: region is 0x1002 bytes at 0x200000000, must be one of the table"
+
+
 # -- how it ends ----------------------------------------------------------------------------------
 
 

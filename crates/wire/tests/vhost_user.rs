@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use qpair_wire::vhost_user::{
     self as vu, ConfigHeader, Header, HeaderFlags, Inflight, InflightDesc, InflightHeader, MemoryHeader, MemoryRegion, ProtocolFeatures,
-    Request, VringAddr, VringState,
+    Request, SingleMemoryRegion, VringAddr, VringState,
 };
 use qpair_wire::virtio::Features;
 use qpair_wire::virtio_blk::{BlkFeatures, CONFIG_WRITEBACK_OFFSET, Config};
@@ -61,6 +61,16 @@ fn a_memory_table_is_a_count_and_regions() {
     assert_eq!((regions[0].guest_addr.get(), regions[0].size.get()), (0, 0x20_0000));
     assert_eq!((regions[1].guest_addr.get(), regions[1].size.get()), (0x1_0000_0000, 0xff_f000));
     assert_eq!(regions[1].mmap_offset.get(), 0x20_0000);
+}
+
+#[test]
+fn a_single_region_comes_after_padding() {
+    let added: SingleMemoryRegion = payload("add_mem_reg", Request::ADD_MEM_REG);
+    assert_eq!((added.padding.get(), added.region.guest_addr.get()), (0, 0x7f0a_0000_0000));
+    assert_eq!((added.region.size.get(), added.region.mmap_offset.get()), (0x1234, 0x1000));
+    let removed: SingleMemoryRegion = payload("rem_mem_reg", Request::REM_MEM_REG);
+    assert_eq!(removed.region.user_addr, added.region.user_addr);
+    assert_eq!(payload::<U64>("max_mem_slots_reply", Request::GET_MAX_MEM_SLOTS).get(), 64);
 }
 
 #[test]

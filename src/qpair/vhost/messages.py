@@ -7,7 +7,7 @@ states its layout, its number of descriptors and what no state of a connection m
 
 Errors: `ProtocolError`, with the message's name, the field, the value and the limit.
 
-Not implemented: the payloads of logging, crypto, network, GPU, shared-object, memory-slot and device-state messages, which are refused by name.
+Not implemented: the payloads of logging, crypto, network, GPU, shared-object and device-state messages, which are refused by name.
 
 Limits: those of `qpair.vhost.framing`.
 """
@@ -32,19 +32,23 @@ from qpair.vhost.payload import STATE, U64, U64_LIMIT, ConfigPayload, InflightPa
 
 __all__ = [
     "Ack",
+    "AddMemReg",
     "ConfigReply",
     "Features",
     "GetConfig",
     "GetFeatures",
     "GetInflightFd",
+    "GetMaxMemSlots",
     "GetProtocolFeatures",
     "GetQueueNum",
     "GetVringBase",
     "InflightReply",
+    "MaxMemSlots",
     "MemoryRegion",
     "Message",
     "ProtocolFeaturesOffer",
     "QueueNum",
+    "RemMemReg",
     "ResetDevice",
     "ResetOwner",
     "SetConfig",
@@ -139,17 +143,57 @@ class SetMemTable(Message):
 
     def check(self) -> None:
         for number, region in enumerate(self.regions):
-            if region.size_bytes == 0:
-                raise ProtocolError(self.request.name, f"size of region {number}", 0, "more than 0 bytes")
-            for field in ("guest_address", "user_address", "mmap_offset"):
-                start: int = getattr(region, field)
-                if start + region.size_bytes > U64_LIMIT:
-                    raise ProtocolError(
-                        self.request.name, f"{field} of region {number}", f"{start:#x}", f"at most 2**64 - {region.size_bytes:#x}, its size"
-                    )
+            _check_region(self.request, region, f"region {number}")
 
     def fd_count(self) -> tuple[int, int]:
         return len(self.regions), len(self.regions)
+
+
+class _RegionPayload(Message):
+    """One region after eight bytes of padding."""
+
+    __slots__ = ()
+    layout = struct.Struct("<8xQQQQ")
+    region: MemoryRegion
+
+    def encode_payload(self) -> bytes:
+        return self.layout.pack(*astuple(self.region))
+
+    @classmethod
+    def decode_payload(cls, payload: bytes) -> Self:
+        exactly(cls.request.name, payload, cls.layout.size)
+        message = cls(MemoryRegion(*cls.layout.unpack(payload)))  # type: ignore[call-arg]
+        message.check()
+        return message
+
+    def check(self) -> None:
+        _check_region(self.request, self.region, "the region")
+
+
+@dataclass(frozen=True, slots=True)
+class AddMemReg(_RegionPayload):
+    """One more region of guest memory. One descriptor."""
+
+    request = Request.ADD_MEM_REG
+    fds_min = 1
+    fds_max = 1
+    region: MemoryRegion
+
+
+@dataclass(frozen=True, slots=True)
+class RemMemReg(_RegionPayload):
+    """A region goes. Some front ends send its descriptor again, without a meaning."""
+
+    request = Request.REM_MEM_REG
+    fds_max = 1
+    region: MemoryRegion
+
+
+@dataclass(frozen=True, slots=True)
+class GetMaxMemSlots(Message):
+    """Ask for the most regions; answered by `MaxMemSlots`."""
+
+    request = Request.GET_MAX_MEM_SLOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +396,13 @@ class QueueNum(U64Payload):
 
 
 @dataclass(frozen=True, slots=True)
+class MaxMemSlots(U64Payload):
+    """Answers `GetMaxMemSlots`."""
+
+    request = Request.GET_MAX_MEM_SLOTS
+
+
+@dataclass(frozen=True, slots=True)
 class VringBase(Message):
     """Answers `GetVringBase`: the avail index at which a later start goes on."""
 
@@ -435,10 +486,13 @@ _REQUESTS: dict[Request, type[Message]] = {
         GetInflightFd,
         SetInflightFd,
         ResetDevice,
+        AddMemReg,
+        RemMemReg,
+        GetMaxMemSlots,
     )
 }
 _REPLIES: dict[Request, type[Message]] = {
-    kind.request: kind for kind in (Features, ProtocolFeaturesOffer, QueueNum, VringBase, ConfigReply, InflightReply)
+    kind.request: kind for kind in (Features, ProtocolFeaturesOffer, QueueNum, VringBase, ConfigReply, InflightReply, MaxMemSlots)
 }
 
 
@@ -478,6 +532,15 @@ def encode(message: Message | Ack, *, reply: bool = False, need_reply: bool = Fa
     payload = U64.pack(message.result) if isinstance(message, Ack) else message.encode_payload()
     flags = VERSION | (FLAG_REPLY if reply or isinstance(message, Ack) else 0) | (FLAG_NEED_REPLY if need_reply else 0)
     return Header(message.request, flags, len(payload)).encode() + payload
+
+
+def _check_region(request: Request, region: MemoryRegion, which: str) -> None:
+    if region.size_bytes == 0:
+        raise ProtocolError(request.name, f"size of {which}", 0, "more than 0 bytes")
+    for field in ("guest_address", "user_address", "mmap_offset"):
+        start: int = getattr(region, field)
+        if start + region.size_bytes > U64_LIMIT:
+            raise ProtocolError(request.name, f"{field} of {which}", f"{start:#x}", f"at most 2**64 - {region.size_bytes:#x}, its size")
 
 
 def _check_fds(message: Message, frame: Frame) -> None:

@@ -4,7 +4,8 @@ The vhost-user protocol, version 1, as QEMU's documentation states it (docs/inte
 
 How it works: `BackendProtocol.handle` checks a message against what was offered and agreed on, and says what it asks of the engine: a
 `Command` (a call of `qpair._engine.Engine`, or none) whose reply, once there, `BackendProtocol.answer` turns into the message to send back, if any.
-Commands are done one at a time, in the order of their messages.
+Commands are done one at a time, in the order of their messages. The engine takes guest memory as a whole table; regions
+that come and go one by one (libblkio, QEMU) make a new table each.
 
 What is agreed on:
 - features: any subset of the device's and of PROTOCOL_FEATURES;
@@ -13,9 +14,9 @@ What is agreed on:
 
 Errors: `ProtocolError` ends the session. What the engine refuses, and `Refused`, end it too, unless the front end asked for an answer and gets it.
 
-Not implemented: logging of dirty memory (migration), memory slots, the back end's own requests, in-band notifications.
+Not implemented: logging of dirty memory (migration), the back end's own requests, in-band notifications.
 
-Limits: queues below the controller's number; 256 bytes of configuration.
+Limits: queues below the controller's number; 256 bytes of configuration; 64 regions of memory, each of which holds a descriptor open.
 """
 
 from __future__ import annotations
@@ -27,18 +28,23 @@ from typing import Any
 from qpair.vhost.framing import CONFIG_BYTES_MAX, Frame, ProtocolError, ProtocolFeatures, Request
 from qpair.vhost.messages import (
     Ack,
+    AddMemReg,
     ConfigReply,
     Features,
     GetConfig,
     GetFeatures,
     GetInflightFd,
+    GetMaxMemSlots,
     GetProtocolFeatures,
     GetQueueNum,
     GetVringBase,
     InflightReply,
+    MaxMemSlots,
+    MemoryRegion,
     Message,
     ProtocolFeaturesOffer,
     QueueNum,
+    RemMemReg,
     ResetDevice,
     ResetOwner,
     SetConfig,
@@ -69,7 +75,9 @@ OFFERED = (
     | ProtocolFeatures.CONFIG
     | ProtocolFeatures.INFLIGHT_SHMFD
     | ProtocolFeatures.RESET_DEVICE
+    | ProtocolFeatures.CONFIGURE_MEM_SLOTS
 )
+MEM_SLOTS_MAX = 64
 
 # Messages that exist only under a protocol feature.
 _NEEDS: dict[Request, ProtocolFeatures] = {
@@ -79,6 +87,9 @@ _NEEDS: dict[Request, ProtocolFeatures] = {
     Request.GET_INFLIGHT_FD: ProtocolFeatures.INFLIGHT_SHMFD,
     Request.SET_INFLIGHT_FD: ProtocolFeatures.INFLIGHT_SHMFD,
     Request.RESET_DEVICE: ProtocolFeatures.RESET_DEVICE,
+    Request.GET_MAX_MEM_SLOTS: ProtocolFeatures.CONFIGURE_MEM_SLOTS,
+    Request.ADD_MEM_REG: ProtocolFeatures.CONFIGURE_MEM_SLOTS,
+    Request.REM_MEM_REG: ProtocolFeatures.CONFIGURE_MEM_SLOTS,
 }
 
 _VRING_CALLS: dict[type[Message], str] = {
@@ -86,6 +97,10 @@ _VRING_CALLS: dict[type[Message], str] = {
     SetVringCall: "vhost_set_vring_call",
     SetVringErr: "vhost_set_vring_err",
 }
+
+
+Slot = tuple[MemoryRegion, int]
+"""A region and its descriptor."""
 
 
 class Refused(Exception):
@@ -104,6 +119,8 @@ class Command:
     needs_reply: bool
     call: str | None = None
     args: tuple[Any, ...] = ()
+    memory: tuple[Slot, ...] | None = None
+    """All guest memory once this is done; None if it stays as it is."""
 
     @property
     def name(self) -> str:
@@ -127,9 +144,11 @@ class BackendProtocol:
         self.num_queues = num_queues
         self.features = 0
         self.protocol_features = ProtocolFeatures(0)
+        self.memory: tuple[Slot, ...] = ()
 
     def handle(self, frame: Frame) -> Command:
-        """Check one message. Descriptors in ``args`` are still the frame's: the engine duplicates them."""
+        """Check one message. Descriptors in ``args`` are still the frame's: the engine duplicates them. Those in ``memory`` that came
+        with this frame must be kept open once the command is done, because a later message may add to the table: see `replace_memory`."""
         message = decode_request(frame)
         needed = _NEEDS.get(message.request)
         if needed is not None and needed not in self.protocol_features:
@@ -137,8 +156,20 @@ class BackendProtocol:
                 message.request.name, "protocol feature", f"{needed.name} not agreed on", "set by SET_PROTOCOL_FEATURES first"
             )
         acknowledged = frame.header.needs_reply and ProtocolFeatures.REPLY_ACK in self.protocol_features
+        if isinstance(message, SetMemTable | AddMemReg | RemMemReg):
+            memory = self._plan_memory(message, frame.fds)
+            table = [(r.guest_address, r.size_bytes, r.user_address, r.mmap_offset, fd) for r, fd in memory]
+            return Command(message, acknowledged, "vhost_set_mem_table", (table,), memory)
         call, args = self._plan(message, frame.fds)
         return Command(message, acknowledged, call, args)
+
+    def replace_memory(self, command: Command) -> list[int]:
+        """The engine has taken ``command.memory``; the descriptors that are not wanted any more."""
+        assert command.memory is not None
+        kept = {fd for _, fd in command.memory}
+        dropped = [fd for _, fd in self.memory if fd not in kept]
+        self.memory = command.memory
+        return dropped
 
     def answer(self, command: Command, value: Any) -> Answer | None:
         """The message to send back for ``value``, the engine's reply. None where the front end waits for nothing."""
@@ -153,6 +184,8 @@ class BackendProtocol:
                 return _reply(ProtocolFeaturesOffer(int(OFFERED)))
             case GetQueueNum():
                 return _reply(QueueNum(self.num_queues))
+            case GetMaxMemSlots():
+                return _reply(MaxMemSlots(MEM_SLOTS_MAX))
             case GetVringBase(index=index):
                 return _reply(VringBase(index, value))
             case GetConfig() as asked:
@@ -177,7 +210,7 @@ class BackendProtocol:
     def _plan(self, message: Message, fds: tuple[int, ...]) -> tuple[str | None, tuple[Any, ...]]:
         """The engine's method and its arguments after the session."""
         match message:
-            case GetFeatures() | SetOwner() | ResetOwner() | GetProtocolFeatures() | GetQueueNum():
+            case GetFeatures() | SetOwner() | ResetOwner() | GetProtocolFeatures() | GetQueueNum() | GetMaxMemSlots():
                 return None, ()  # RESET_OWNER is obsolete, and ignoring it is what the documentation recommends
             case SetFeatures(features=features):
                 _subset(message, features, self.offered_features)
@@ -185,9 +218,6 @@ class BackendProtocol:
             case SetProtocolFeatures(features=features):
                 _subset(message, features, OFFERED)
                 return "vhost_set_protocol_features", (features,)
-            case SetMemTable(regions=regions):
-                table = [(r.guest_address, r.size_bytes, r.user_address, r.mmap_offset, fd) for r, fd in zip(regions, fds, strict=True)]
-                return "vhost_set_mem_table", (table,)
             case SetVringNum(index=index, size=size):
                 return "vhost_set_vring_num", (self._queue(message, index), size)
             case SetVringAddr() as addr:
@@ -214,6 +244,22 @@ class BackendProtocol:
             case _:  # decode_request knows no other
                 raise AssertionError(f"no plan for {message.request.name}")
 
+    def _plan_memory(self, message: SetMemTable | AddMemReg | RemMemReg, fds: tuple[int, ...]) -> tuple[Slot, ...]:
+        """All guest memory after this message."""
+        if isinstance(message, SetMemTable):
+            return tuple(zip(message.regions, fds, strict=True))
+        if isinstance(message, AddMemReg):
+            if len(self.memory) == MEM_SLOTS_MAX:
+                raise ProtocolError(message.request.name, "number of regions", MEM_SLOTS_MAX + 1, f"at most {MEM_SLOTS_MAX}")
+            return (*self.memory, (message.region, fds[0]))
+        gone = message.region
+        left = tuple((region, fd) for region, fd in self.memory if _where(region) != _where(gone))
+        if len(left) == len(self.memory):
+            raise ProtocolError(
+                message.request.name, "region", f"{gone.size_bytes:#x} bytes at {gone.guest_address:#x}", "one of the table"
+            )
+        return left
+
     def _plan_inflight(self, message: GetInflightFd | SetInflightFd, fds: tuple[int, ...]) -> tuple[str, tuple[Any, ...]]:
         name = message.request.name
         if not 1 <= message.num_queues <= self.num_queues:
@@ -228,6 +274,11 @@ class BackendProtocol:
         if index >= self.num_queues:
             raise ProtocolError(message.request.name, "queue", index, f"below {self.num_queues}, this controller's number of queues")
         return index
+
+
+def _where(region: MemoryRegion) -> tuple[int, int, int]:
+    """What tells regions apart; the place in the file does not."""
+    return region.guest_address, region.size_bytes, region.user_address
 
 
 def _reply(message: Message) -> Answer:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qpair.errors import QpairError, from_engine
 from qpair.vhost.framing import ProtocolError
 from qpair.vhost.protocol import BackendProtocol, Command, Refused
-from qpair.vhost.transport import Channel, close_all
+from qpair.vhost.transport import Channel, Received, close_all
 
 if TYPE_CHECKING:
     from qpair._engine import SessionEvent
@@ -47,6 +47,7 @@ class Session:
         self._bridge = bridge
         self._close_deadline_ms = close_deadline_ms
         self._serving: asyncio.Task[None] | None = None
+        self._memory_fds: list[int] = []
         self._failed: str | None = None
         self._stopped: str | None = None
 
@@ -76,6 +77,8 @@ class Session:
             if self._serving is not None:
                 self._serving.cancel()  # only if this task itself was cancelled is there anything to cancel
             self.channel.close()
+            memory_fds, self._memory_fds = self._memory_fds, []
+            close_all(memory_fds)
 
     async def _serve(self) -> None:
         engine = self._bridge.engine
@@ -91,11 +94,14 @@ class Session:
             with received:
                 command = protocol.handle(received.frame)
                 logger.debug("vhost %s: %s", self.controller, command.message)
-                await self._answer(protocol, command)
+                await self._answer(protocol, command, received)
 
-    async def _answer(self, protocol: BackendProtocol, command: Command) -> None:
+    async def _answer(self, protocol: BackendProtocol, command: Command, received: Received) -> None:
         try:
-            answer = protocol.answer(command, await self._execute(command))
+            value = await self._execute(command)
+            if command.memory is not None:
+                self._keep_memory(protocol, command, received)
+            answer = protocol.answer(command, value)
         except (QpairError, Refused) as error:
             answer = protocol.refuse(command, error.errno)
             if answer is None:
@@ -106,6 +112,17 @@ class Session:
                 await self.channel.send(answer.data, answer.fds)
             finally:
                 close_all(answer.fds)
+
+    def _keep_memory(self, protocol: BackendProtocol, command: Command, received: Received) -> None:
+        """The descriptors of guest memory stay open, for the table that a later message makes."""
+        assert command.memory is not None
+        dropped = protocol.replace_memory(command)
+        wanted = {fd for _, fd in command.memory}
+        for index, fd in enumerate(received.frame.fds):
+            if fd in wanted:
+                received.take(index)
+        self._memory_fds = sorted(wanted)
+        close_all(dropped)
 
     async def _execute(self, command: Command) -> Any:
         if command.call is None:
