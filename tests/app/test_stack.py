@@ -63,6 +63,38 @@ async def test_a_subsystem_that_cannot_start_stops_those_before_it(make_stack: A
     assert stack.state == "stopped"
 
 
+async def test_subsystems_are_started_by_one_caller_and_a_failed_start_may_be_tried_again(make_stack: Any) -> None:
+    log: list[str] = []
+    gate = asyncio.Event()
+
+    class Gated(Subsystem):
+        name = "gated"
+        depends_on = ("bdev",)
+        fails = True
+
+        async def start(self, stack: Any) -> None:
+            await gate.wait()
+            if Gated.fails:
+                raise InvalidArgument("not yet")
+            log.append("+gated")
+
+    stack = make_stack(wait_for_rpc=True)
+    stack.add_subsystem(recorder("before", (), log))
+    stack.add_subsystem(Gated())
+    async with stack:
+        first = asyncio.ensure_future(stack.rpc("framework_start_init"))
+        await asyncio.sleep(0)
+        with pytest.raises(Busy, match="the subsystems are being started"):
+            await stack.rpc("framework_start_init")
+        gate.set()
+        with pytest.raises(InvalidArgument, match="not yet"):
+            await first
+        assert (stack.state, log) == ("startup", ["+before", "-before"])
+        Gated.fails = False
+        await stack.rpc("framework_start_init")
+        assert (stack.state, log) == ("runtime", ["+before", "-before", "+before", "+gated"])
+
+
 async def test_a_missing_dependency_is_found_before_anything_runs(make_stack: Any) -> None:
     stack = make_stack()
     stack.add_subsystem(recorder("lonely", ("nobody",), []))

@@ -171,7 +171,7 @@ async def test_a_request_of_100_mb_is_refused_by_name_and_holds_no_memory(server
     for _ in range(100):
         peer.writer.write(chunk)
         await peer.writer.drain()
-    assert (await peer.answer())["error"] == {"code": -32600, "message": "Invalid request: longer than 4194304 bytes"}
+    assert (await peer.answer())["error"] == {"code": -32600, "message": "Invalid request: longer than 1048576 bytes"}
     assert server.held_bytes == 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 << 10, "kibibytes"
     await peer.close()

@@ -26,7 +26,7 @@ from qpair.app.cores import check_usable, parse_cores
 from qpair.app.inert import InertStore
 from qpair.app.rooms import make_subsystems
 from qpair.app.subsystems import ConfigEntry, Subsystem, order
-from qpair.errors import ForkedStack, NoSuchDevice, StackStopped, from_engine
+from qpair.errors import Busy, ForkedStack, NoSuchDevice, StackStopped, from_engine
 
 if TYPE_CHECKING:
     from qpair._engine import BdevEvent, Engine
@@ -94,6 +94,7 @@ class Stack:
         for attribute, room in rooms.items():
             setattr(self, attribute, room)
         self._started: list[Subsystem] = []
+        self._starting = False
         self._ready = asyncio.Event()
         self._servers: list[RpcServer] = []
         _STACKS.add(self)
@@ -144,13 +145,22 @@ class Stack:
         return {name: subsystem.depends_on for name, subsystem in self._subsystems.items()}
 
     async def start_subsystems(self) -> None:
-        """Startup ends, runtime begins (``framework_start_init``)."""
+        """Startup ends, runtime begins (``framework_start_init``). If one cannot start, those before it are stopped and the state stays."""
         if self.state != "startup":
             raise StackStopped(f"subsystems start in the startup state; the stack is {self.state}")
-        for name in self.subsystem_order():
-            subsystem = self._subsystems[name]
-            await subsystem.start(self)
-            self._started.append(subsystem)
+        if self._starting:
+            raise Busy("the subsystems are being started")
+        self._starting = True
+        try:
+            for name in self.subsystem_order():
+                subsystem = self._subsystems[name]
+                await subsystem.start(self)
+                self._started.append(subsystem)
+        except BaseException:
+            await self._stop_subsystems(time.monotonic() + self.stop_deadline_ms / 1000)
+            raise
+        finally:
+            self._starting = False
         self.state = "runtime"
         self._ready.set()
 
@@ -169,13 +179,16 @@ class Stack:
         self.state = "stopping"
         for server in self._servers:
             await server.stop(deadline_s=max(0.0, min(2.0, deadline - time.monotonic())))
-        for subsystem in reversed(self._started):
-            await self._stop_one(subsystem, deadline)
+        await self._stop_subsystems(deadline)
         if had_engine:
             left_ms = max(100, int((deadline - time.monotonic()) * 1000))
             await self._stop_engine(left_ms)
         self._ready.set()
         self.state = "stopped"
+
+    async def _stop_subsystems(self, deadline: float) -> None:
+        while self._started:
+            await self._stop_one(self._started.pop(), deadline)
 
     async def _stop_one(self, subsystem: Subsystem, deadline: float) -> None:
         left = max(0.1, deadline - time.monotonic())

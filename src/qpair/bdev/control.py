@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -70,6 +70,7 @@ class BdevSubsystem(Subsystem):
 
     def __init__(self) -> None:
         self._stack: Stack | None = None
+        self._unsubscribe: Callable[[], None] = lambda: None
         self.records: dict[str, Record] = {}
         self._python: dict[str, PythonBdevRunner] = {}
         self._changed: set[asyncio.Future[None]] = set()
@@ -88,12 +89,13 @@ class BdevSubsystem(Subsystem):
     async def start(self, stack: Stack) -> None:
         """Listen to the engine's bdev events."""
         self._stack = stack
-        stack.bridge.subscribe_bdev(self._on_event)
+        self._unsubscribe = stack.bridge.subscribe_bdev(self._on_event)
 
     async def stop(self, stack: Stack, deadline_ms: int) -> None:
         """Python bdevs first (their requests need this loop); the engine takes the others with it when it stops."""
         for name in tuple(self._python):
             await self.delete(name, deadline_ms=deadline_ms)
+        self._unsubscribe()
 
     def config(self, stack: Stack) -> list[ConfigEntry]:
         entries = stack.inert.config(self.name)
@@ -102,9 +104,7 @@ class BdevSubsystem(Subsystem):
         return [*entries, {"method": "bdev_wait_for_examine"}]
 
     def register_module(self, module: BdevModule) -> None:
-        """Make another kind of bdev known; its name must be new."""
-        if module.name in self._modules:
-            raise ValueError(f"bdev module {module.name!r} is registered twice")
+        """Make another kind of bdev known. A room that starts again registers again: the later one counts."""
         self._modules[module.name] = module
 
     def _on_event(self, event: BdevEvent) -> None:
