@@ -46,6 +46,12 @@ def engine_kind() -> str:
 
 
 @pytest.fixture
+def engine_factory() -> Callable[..., Any]:
+    """What makes the engine that the tests run on."""
+    return ENGINE
+
+
+@pytest.fixture
 def make_stack(tmp_path: Path) -> Callable[..., Any]:
     """A stack that is not started yet."""
     from qpair import Stack

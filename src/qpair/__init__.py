@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qpair.app.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from qpair.app.blocking import BlockingStack as BlockingStack
     from qpair.app.sizes import parse_size as parse_size
     from qpair.app.stack import Stack as Stack
     from qpair.bdev.client import BdevHandle as BdevHandle
@@ -35,6 +36,7 @@ _PUBLIC = {
     "Bdev": "qpair.bdev.python",
     "BdevHandle": "qpair.bdev.client",
     "BdevInfo": "qpair.bdev.model",
+    "BlockingStack": "qpair.app.blocking",
     "OpenBdev": "qpair.bdev.client",
     "PerfResult": "qpair.bdev.perf",
     "QpairError": "qpair.errors",
@@ -47,6 +49,7 @@ __all__ = [
     "Bdev",
     "BdevHandle",
     "BdevInfo",
+    "BlockingStack",
     "OpenBdev",
     "PerfResult",
     "QpairError",

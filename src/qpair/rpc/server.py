@@ -39,6 +39,7 @@ __all__ = ["DEFAULT_ADDRESS", "RpcServer", "parse_address"]
 
 QUEUED_DOCUMENTS_MAX = 64
 HELD_BYTES_MAX = 64 << 20
+DOCUMENT_OVERHEAD_BYTES = 64  # of a queued document: thousands of two bytes each count for what they hold
 UNREAD_BYTES_MAX = 1 << 20
 UNREAD_S_MAX = 30.0
 LINGER_S = 10.0
@@ -196,7 +197,7 @@ class _Connection(asyncio.Protocol):
             transport.close()
             return
         self.server.connections.add(self)
-        logger.debug("connection from %s", self.peer)
+        logger.info("connection from %s", self.peer)
 
     def data_received(self, data: bytes) -> None:
         if self._discarding:
@@ -204,7 +205,7 @@ class _Connection(asyncio.Protocol):
         documents, error = self.framer.feed(data)
         for document in documents:
             self.queue.append(document)
-            self.queued_bytes += len(document)
+            self.queued_bytes += len(document) + DOCUMENT_OVERHEAD_BYTES
         if error is not None:
             self._fail(error.code, error.message)
         self._account()
@@ -262,7 +263,7 @@ class _Connection(asyncio.Protocol):
         try:
             while self.queue:
                 document = self.queue.popleft()
-                self.queued_bytes -= len(document)
+                self.queued_bytes -= len(document) + DOCUMENT_OVERHEAD_BYTES
                 decoded = decode(document)
                 await self._answer(decoded)
                 del document, decoded
