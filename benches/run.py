@@ -1,0 +1,256 @@
+"""``make bench``: the figures of docs/performance.md, on this machine.
+
+Each figure is the median of `ROUNDS` measurements; those that are compared are measured in turn, in one run, so that a slow minute of a shared machine meets
+both. A peer that is not installed is named and left out. ``run.py NAME...`` measures some figures only; ``--json FILE`` keeps all raw values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import servers
+
+ROOT = Path(__file__).parent.parent
+ROUNDS = 5
+DISK_BLOCKS = (512 << 20) // 4096
+
+
+@dataclass
+class Report:
+    """What was measured, and what it is to be held against."""
+
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, value: str, target: str = "", met: bool | None = None) -> None:
+        verdict = "" if met is None else ("met" if met else "MISSED")
+        self.rows.append((name, value, target, verdict))
+        print(f"  {name:<58} {value:>16}  {target:<26} {verdict}", flush=True)
+
+    def skip(self, name: str, why: str) -> None:
+        self.add(name, "not measured", why)
+
+
+def medians(*sources: Callable[[], float]) -> list[list[float]]:
+    """Each source measured `ROUNDS` times, in turn; the values of each, sorted."""
+    values: list[list[float]] = [[] for _ in sources]
+    for _ in range(ROUNDS):
+        for kept, source in zip(values, sources, strict=True):
+            kept.append(source())
+    return [sorted(kept) for kept in values]
+
+
+def middle(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def example(package: str, name: str, *words: str) -> dict[str, Any]:
+    command = ["cargo", "run", "--quiet", "--release", "-p", package, "--example", name, "--", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def million(value: float) -> str:
+    return f"{value / 1e6:.2f} M/s"
+
+
+def yardstick(report: Report) -> None:
+    """The copy loop and the ping-pong, alone."""
+    found = example("qpair-memory", "yardstick")
+    report.raw["yardstick"] = found
+    report.add("copy yardstick (best loop: " + found["variant"] + ")", million(found["copies_per_second"]))
+    if found["ping_pong_ns"] is not None:
+        report.add("cache-line ping-pong, round trip", f"{found['ping_pong_ns']:.0f} ns")
+
+
+def in_process(report: Report) -> None:
+    """The load generator on null and malloc, one reactor, no ring between."""
+    null, malloc = medians(
+        lambda: float(example("qpair-perf", "inprocess", "null", "128", "1000")["iops"]),
+        lambda: float(example("qpair-perf", "inprocess", "malloc", "128", "1000")["iops"]),
+    )
+    report.raw["in_process"] = {"null": null, "malloc": malloc}
+    report.add("in process, null, depth 128", million(middle(null)), "at least 20 M/s", middle(null) >= 20e6)
+    report.add("in process, malloc, depth 128", million(middle(malloc)))
+
+
+def vhost_malloc(report: Report) -> None:
+    """The whole way to a disk in memory, against the copy alone, in turn."""
+    with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)):
+        socket = servers.export(Path(name), "ram", "bdev_malloc_create", num_blocks=DISK_BLOCKS, block_size=4096)
+        target = f"vhost:{socket}"
+        # Pages that were never written are all one page of zeros, in the cache: every block is written first.
+        servers.load(target, depth=32, pattern="write", size="128KiB", seconds=2)
+        copies, reads, writes = medians(
+            lambda: float(example("qpair-memory", "yardstick", "memcpy")["copies_per_second"]),
+            lambda: float(servers.load(target, depth=128)["iops"]),
+            lambda: float(servers.load(target, depth=128, pattern="randwrite")["iops"]),
+        )
+    report.raw["vhost_malloc"] = {"copies": copies, "reads": reads, "writes": writes}
+    share = middle(reads) / middle(copies)
+    report.add("copy yardstick in this run", million(middle(copies)))
+    report.add("vhost, malloc, randread, depth 128", million(middle(reads)))
+    report.add("vhost, malloc, randwrite, depth 128", million(middle(writes)))
+    report.add("  reads as a share of the yardstick", f"{share:.0%}", "at least 75 %", share >= 0.75)
+
+
+def vhost_null(report: Report) -> None:
+    """null against qemu-storage-daemon's null-co, with the same client."""
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs, servers.qpair_server(Path(ours)):
+        socket = servers.export(Path(ours), "null", "bdev_null_create", num_blocks=DISK_BLOCKS, block_size=4096)
+        for depth in (1, 32, 128):
+            own = lambda: float(servers.load(f"vhost:{socket}", depth=depth)["iops"])  # noqa: B023, E731
+            try:
+                with servers.storage_daemon(Path(theirs), f"driver=null-co,size={DISK_BLOCKS * 4096}") as peer:
+                    mine, other = medians(own, lambda: float(servers.load(f"vhost:{peer}", depth=depth)["iops"]))  # noqa: B023
+            except (OSError, RuntimeError) as error:
+                [mine], other = medians(own), []
+                report.skip(f"qemu-storage-daemon, null-co, depth {depth}", f"not here: {error}"[:60])
+            report.raw[f"vhost_null_{depth}"] = {"qpair": mine, "qemu": other}
+            report.add(f"vhost, null, randread, depth {depth}", million(middle(mine)))
+            if other:
+                ratio = middle(mine) / middle(other)
+                report.add(f"qemu-storage-daemon, null-co, depth {depth}", million(middle(other)))
+                wanted = depth == 128
+                report.add("  ratio", f"{ratio:.1f} x", "at least 4 x" if wanted else "", ratio >= 4 if wanted else None)
+
+
+def depth_one(report: Report) -> None:
+    """One I/O at a time: against the ping-pong while polling, against qemu-storage-daemon when both sleep."""
+    with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)):
+        socket = servers.export(Path(name), "null", "bdev_null_create", num_blocks=DISK_BLOCKS, block_size=4096)
+        trips, latencies = medians(
+            lambda: float(example("qpair-memory", "yardstick", "ping-pong")["ping_pong_ns"]),
+            lambda: 1e9 / float(servers.load(f"vhost:{socket}", depth=1)["iops"]),
+        )
+    ratio = middle(latencies) / middle(trips)
+    report.raw["depth_one"] = {"ping_pong_ns": trips, "latency_ns": latencies}
+    report.add("ping-pong in this run", f"{middle(trips):.0f} ns")
+    report.add("vhost, null, depth 1, both polling", f"{middle(latencies):.0f} ns")
+    report.add("  as a multiple of the ping-pong", f"{ratio:.2f} x", "at most 2.5 x", ratio <= 2.5)
+
+
+def asleep(report: Report) -> None:
+    """Every request wakes the server: no spinning."""
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs, servers.qpair_server(Path(ours), "--spin-us", "0"):
+        socket = servers.export(Path(ours), "null", "bdev_null_create", num_blocks=DISK_BLOCKS, block_size=4096)
+        try:
+            with servers.storage_daemon(Path(theirs), f"driver=null-co,size={DISK_BLOCKS * 4096}") as peer:
+                mine, other = medians(
+                    lambda: float(servers.load(f"vhost:{socket}", depth=1)["iops"]), lambda: float(servers.load(f"vhost:{peer}", depth=1)["iops"])
+                )
+        except (OSError, RuntimeError) as error:
+            return report.skip("asleep, depth 1, against qemu-storage-daemon", f"not here: {error}"[:60])
+    report.raw["asleep"] = {"qpair": mine, "qemu": other}
+    met = middle(mine) >= middle(other)
+    report.add("asleep, null, depth 1", f"{middle(mine) / 1e3:.0f} k/s", f"qemu: {middle(other) / 1e3:.0f} k/s", met)
+    return None
+
+
+def idle(report: Report) -> None:
+    """64 disks exported and attached, nothing happening; then one of them busy."""
+    with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)) as server:
+        folder = Path(name)
+        socket = servers.export(folder, "busy", "bdev_null_create", num_blocks=DISK_BLOCKS, block_size=4096)
+        alone = medians(lambda: float(servers.load(f"vhost:{socket}", depth=32)["iops"]))[0]
+        for number in range(64):
+            servers.export(folder, f"idle{number}", "bdev_null_create", num_blocks=DISK_BLOCKS, block_size=4096)
+        time.sleep(1)
+        before, start = server.cpu_seconds(), time.monotonic()
+        time.sleep(10)
+        share = (server.cpu_seconds() - before) / (time.monotonic() - start)
+        resident = server.resident_mb()
+        among = medians(lambda: float(servers.load(f"vhost:{socket}", depth=32)["iops"]))[0]
+    cost = 1 - middle(among) / middle(alone)
+    report.raw["idle"] = {"share": share, "resident_mb": resident, "alone": alone, "among": among}
+    report.add("idle, 64 disks exported: one core's share", f"{share:.2%}", "under 1 %", share < 0.01)
+    report.add("idle, 64 disks: resident memory", f"{resident:.0f} MB", "under 80 MB", resident < 80)
+    report.add("what 64 idle disks cost a busy one", f"{cost:.1%}", "under 2 %", cost < 0.02)
+
+
+def start_up(report: Report) -> None:
+    """From exec to the first RPC answer."""
+
+    def once() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            start = time.monotonic()
+            with servers.qpair_server(Path(name)):
+                servers.rpc(Path(name) / "rpc.sock", "spdk_get_version")
+                return time.monotonic() - start
+
+    [times] = medians(once)
+    report.raw["start_up"] = times
+    report.add("first RPC answer after start", f"{middle(times) * 1e3:.0f} ms", "under 300 ms", middle(times) < 0.3)
+
+
+def system_calls(report: Report) -> None:
+    """System calls of the server under load (strace slows it, so the count is what matters)."""
+    if shutil.which("strace") is None:
+        return report.skip("system calls per I/O", "strace is not installed")
+    with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)) as server:
+        socket = servers.export(Path(name), "null", "bdev_null_create", num_blocks=DISK_BLOCKS, block_size=4096)
+        client = subprocess.Popen(
+            [sys.executable, "-m", "qpair.cli", "perf", f"vhost:{socket}", "--time", "5", "--depth", "128", "--cores", str(servers.cores()[1]), "--json"],
+            stdout=subprocess.PIPE,
+        )
+        time.sleep(2)
+        calls = server.system_calls(2)
+        ios = json.loads(client.communicate()[0])["ios"] * 2 / 5
+    report.raw["system_calls"] = {"calls": calls, "ios": ios}
+    total = sum(calls.values())
+    report.add("system calls in 2 s of load", str(total), f"of about {ios / 1e6:.1f} M I/Os", total < ios / 1000)
+    return None
+
+
+FIGURES: dict[str, Callable[[Report], None]] = {
+    "yardstick": yardstick,
+    "in_process": in_process,
+    "vhost_malloc": vhost_malloc,
+    "vhost_null": vhost_null,
+    "depth_one": depth_one,
+    "asleep": asleep,
+    "idle": idle,
+    "start_up": start_up,
+    "system_calls": system_calls,
+}
+
+
+def machine() -> str:
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    return f"{model}, {len(servers.cores())} cores used of {platform.machine()}, Linux {platform.release()}, {time.strftime('%Y-%m-%d')}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("figures", nargs="*", metavar="NAME", help=", ".join(FIGURES))
+    parser.add_argument("--json", type=Path, help="keep the raw values here")
+    options = parser.parse_args()
+    unknown = [name for name in options.figures if name not in FIGURES]
+    if unknown:
+        parser.error(f"no figure is named {unknown[0]}; there are {', '.join(FIGURES)}")
+    report = Report()
+    report.raw["machine"] = machine()
+    print(machine(), flush=True)
+    for name in options.figures or FIGURES:
+        print(name, flush=True)
+        FIGURES[name](report)
+    if options.json:
+        options.json.write_text(json.dumps(report.raw, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

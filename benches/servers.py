@@ -1,0 +1,126 @@
+"""What the benchmark measures: servers pinned to one core, and our client on another.
+
+Everything is started by a command line that a user could type, and ended by its pid when its ``with`` block is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+START_S = 20.0
+
+
+def cores() -> tuple[int, int]:
+    """The server's core and the client's."""
+    usable = sorted(os.sched_getaffinity(0))
+    return usable[0], usable[-1]
+
+
+class Process:
+    """A running server, looked at from outside."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
+        self.process = process
+        self.folder = folder
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far, all threads."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+
+    def resident_mb(self) -> float:
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+    def system_calls(self, seconds: float) -> dict[str, int]:
+        """System calls by name over some seconds, by strace."""
+        report = self.folder / "strace.txt"
+        tracer = subprocess.Popen(["strace", "-f", "-c", "-o", str(report), "-p", str(self.pid)], stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        tracer.terminate()
+        tracer.wait()
+        calls: dict[str, int] = {}
+        for line in report.read_text().splitlines():
+            words = line.split()
+            if len(words) >= 5 and words[0].replace(".", "").isdigit() and words[-1] != "total":
+                calls[words[-1]] = int(words[3])
+        return calls
+
+
+@contextmanager
+def _running(command: list[str], folder: Path, ready: Path, environment: dict[str, str] | None = None) -> Iterator[Process]:
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        deadline = time.monotonic() + START_S
+        while not ready.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} did not start:\n{(folder / 'server.log').read_text()}")
+            time.sleep(0.001)
+        yield Process(process, folder)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def rpc(socket: Path, method: str, **params: Any) -> Any:
+    """One call, by our client library."""
+    from qpair.rpc.client import RpcClient
+
+    with RpcClient(str(socket)) as client:
+        return client.call(method, **params)
+
+
+@contextmanager
+def qpair_server(folder: Path, *options: str) -> Iterator[Process]:
+    """``qpair serve`` on the server's core."""
+    socket = folder / "rpc.sock"
+    command = [sys.executable, "-m", "qpair.cli", "serve", "-m", f"[{cores()[0]}]", "-r", str(socket), "-S", str(folder), *options]
+    with _running(command, folder, socket) as process:
+        yield process
+
+
+def export(folder: Path, name: str, method: str, **params: Any) -> Path:
+    """A new bdev behind a socket of its own."""
+    rpc(folder / "rpc.sock", method, name=name, **params)
+    rpc(folder / "rpc.sock", "vhost_create_blk_controller", ctrlr=f"{name}.sock", dev_name=name)
+    return folder / f"{name}.sock"
+
+
+@contextmanager
+def storage_daemon(folder: Path, node: str) -> Iterator[Path]:
+    """qemu-storage-daemon on the server's core, exporting ``node`` (its --blockdev words without node-name)."""
+    from linux_guest import Guest, GuestPaths
+
+    guest = Guest(GuestPaths.default())
+    socket = folder / "daemon.sock"
+    export = f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},num-queues=1,writable=on,logical-block-size=512"
+    words = ["--blockdev", f"{node},node-name=disk", "--export", export]
+    command = ["taskset", "-c", str(cores()[0]), *guest.qemu_command("qemu-storage-daemon"), *words]
+    with _running(command, folder, socket, guest.environment):
+        yield socket
+
+
+def load(target: str, *, seconds: float = 1.0, depth: int, pattern: str = "randread", size: str = "4KiB", core: int | None = None) -> dict[str, Any]:
+    """``qpair perf TARGET --json`` on the client's core (or another)."""
+    chosen = cores()[1] if core is None else core
+    words = ["perf", target, "--pattern", pattern, "--size", size, "--depth", str(depth), "--time", str(seconds), "--cores", str(chosen), "--json"]
+    done = subprocess.run([sys.executable, "-m", "qpair.cli", *words], stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
