@@ -28,6 +28,7 @@ pub mod layer;
 pub mod lifecycle;
 pub mod malloc;
 pub mod null;
+pub mod python;
 mod registry;
 mod stats;
 

@@ -225,16 +225,21 @@ pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, 
         Box::new(move |guard| {
             let registry = shared.clone();
             let restart = move |_: &mut Reactor| {
-                let finish = move |_: &mut Reactor| {
-                    drop(guard);
-                    resetting.status = Status::SUCCESS;
-                    drop(resetting);
+                let registry = shared.clone();
+                let go_on = move |_: &mut Reactor| {
+                    let finish = move |_: &mut Reactor| {
+                        drop(guard);
+                        resetting.status = Status::SUCCESS;
+                        drop(resetting);
+                    };
+                    let resume = |layer: &mut Layer, reactor: &mut Reactor, channel, _part| layer.resume(reactor, channel, None);
+                    on_channels(&shared, device, Stance::LetGo, resume, finish);
                 };
+                // None goes on before all were reset: a module may count on quiet everywhere.
                 let each = |layer: &mut Layer, reactor: &mut Reactor, channel, _part| {
                     layer.with_channel(reactor, channel, |module, layer, reactor| module.reset(layer, reactor));
-                    layer.resume(reactor, channel, None);
                 };
-                on_channels(&shared, device, Stance::LetGo, each, finish);
+                on_channels(&registry, device, Stance::Neither, each, go_on);
             };
             let stop = |layer: &mut Layer, reactor: &mut Reactor, channel, part| quiesce(layer, reactor, channel, true, part);
             on_channels(&registry, device, Stance::Hold, stop, restart);
