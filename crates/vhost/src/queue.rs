@@ -14,7 +14,7 @@ use qpair_memory::{GuestMemory, Place};
 use qpair_reactor::driver::WatchId;
 use qpair_reactor::event::Event;
 use qpair_reactor::log::{self, Level};
-use qpair_reactor::{Poller, PollerId, Reactor};
+use qpair_reactor::{Poller, PollerId, Reactor, TimerId};
 use qpair_wire::nvme::Status;
 use qpair_wire::virtio_blk::{BlkStatus, ID_BYTES, RequestHeader, RequestType, SECTOR_BYTES, Segment};
 use zerocopy::FromBytes;
@@ -108,6 +108,7 @@ pub(crate) struct Queue {
     done: Vec<IoId>,
     block_shift: u32,
     stopped: Option<Stopped>,
+    abort_timer: Option<TimerId>,
 }
 
 /// The poller; the queue itself is shared with those who stop it.
@@ -154,6 +155,7 @@ impl Queue {
             done: Vec::with_capacity(1024),
             block_shift: info.block_size.trailing_zeros(),
             stopped: None,
+            abort_timer: None,
             setup,
         }));
         reactor.install_poller(poller, Box::new(QueuePoller(queue.clone())));
@@ -169,13 +171,8 @@ impl Queue {
         if let Some(waker) = reactor.waker(self.poller) {
             waker.wake();
         }
-        let (poller, layer, completions) = (self.poller, self.layer.clone(), self.completions);
-        reactor.after(abort_after_ns, move |reactor| {
-            if reactor.waker(poller).is_some() {
-                let mut layer = layer.borrow_mut();
-                layer.abort_queue(reactor, completions);
-            }
-        });
+        let (layer, completions) = (self.layer.clone(), self.completions);
+        self.abort_timer = Some(reactor.after(abort_after_ns, move |reactor| layer.borrow_mut().abort_queue(reactor, completions)));
     }
 
     /// Another descriptor to interrupt by.
@@ -519,6 +516,9 @@ impl Queue {
         let Some(stopped) = self.stopped.take() else { return false };
         if let Some(watch) = self.watch.take() {
             reactor.unwatch(watch);
+        }
+        if let Some(timer) = self.abort_timer.take() {
+            reactor.cancel(timer);
         }
         {
             let mut layer = self.layer.borrow_mut();

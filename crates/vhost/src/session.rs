@@ -393,7 +393,7 @@ impl Session {
         Ok(())
     }
 
-    /// Maps and checks the whole table before it replaces the old one, whose last holds go here.
+    /// Replaces the table. The old one's last holds go first, so that a refused table leaves none: its rings stay stopped.
     fn set_memory(&mut self, rows: Vec<MemoryRow>) -> Result<(), VhostError> {
         self.rows = None;
         let mut mapped = Vec::with_capacity(rows.len());
