@@ -163,6 +163,18 @@ async def test_a_controller_in_use_is_not_deleted_unless_forced(peer: Peer, cont
     assert recorder.names()[-2:] == ["vhost_session_close", "vhost_blk_delete"]
 
 
+async def test_deleting_waits_for_a_front_end_that_has_left(peer: Peer, controller: Any, recorder: VhostEngine) -> None:
+    await peer.agree()
+    recorder.held.add("vhost_session_close")
+    peer.close()
+    deleting = asyncio.create_task(controller.delete(force=False))
+    await eventually(lambda: "vhost_session_close" in recorder.names(), "the session drains")
+    assert not deleting.done()
+    recorder.release("vhost_session_close")
+    await deleting
+    assert recorder.names()[-2:] == ["vhost_session_close", "vhost_blk_delete"]
+
+
 async def test_a_controller_is_found_by_its_path_too(recording_stack: Any, controller: Any) -> None:
     assert recording_stack.vhost.controller(controller.socket) is controller
     with pytest.raises(NoSuchController, match=r"^no vhost controller is named 'vhost\.1'$"):

@@ -60,6 +60,11 @@ class ControllerServer:
         """A front end is connected, or its session still drains."""
         return self._running is not None and not self._running.done()
 
+    @property
+    def in_use(self) -> bool:
+        """A front end is connected and has not left."""
+        return self.connected and self.session is not None and not self.session.ending
+
     async def stop(self, reason: str) -> None:
         """Accept no more, end the session, wait for its drain, remove the socket file."""
         if self._accepting is not None:
@@ -71,13 +76,11 @@ class ControllerServer:
         self._listener.close()
 
     async def _accepted(self, connection: socket.socket) -> None:
-        if self.connected:
-            assert self.session is not None
-            if not self.session.ending:
-                connection.close()
-                logger.warning("vhost %s: a second front end was disconnected: the limit is one at a time", self.controller)
-                return
-            assert self._running is not None
+        if self.in_use:
+            connection.close()
+            logger.warning("vhost %s: a second front end was disconnected: the limit is one at a time", self.controller)
+            return
+        if self._running is not None:
             try:
                 await asyncio.wait([self._running])
             except BaseException:
@@ -229,9 +232,9 @@ class VhostSubsystem(Subsystem):
         return await self.create(socket_path, bdev, **options)
 
     async def delete(self, name: str, *, force: bool = False, deadline_ms: int = 10_000) -> None:
-        """Remove a controller. `Busy` with a front end connected, unless ``force``."""
+        """Remove a controller. `Busy` with a front end connected, unless ``force``; one that has left is waited for."""
         controller = self.controller(name)
-        if not force and self._servers[controller.name].connected:
+        if not force and self._servers[controller.name].in_use:
             raise Busy(f"vhost controller {controller.name!r:.256}: a front end is connected")
         await self._remove(controller.name, "the controller was deleted", time.monotonic() + deadline_ms / 1000)
 
