@@ -14,8 +14,14 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+# A busy machine is no finding.
+settings.register_profile("qpair", deadline=None)
+settings.load_profile("qpair")
 
 
 def _engine() -> tuple[str, Callable[..., Any]]:
