@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::core::{Core, lock};
 use crate::engine::Engine;
-use crate::events::Token;
+use crate::events::{Draft, Token};
 use crate::io::{self, IO_BYTES_MAX, Request};
 use crate::values::{Failure, Number, Value};
 
@@ -33,11 +33,9 @@ pub fn parse_uuid(uuid: Option<&str>) -> Result<Option<Uuid>, Failure> {
 }
 
 /// Makes a device known; the reply is immediate, because no reactor needs to hear of it yet.
-pub fn register(core: &Core, token: Token, device: Arc<dyn Device>) -> Result<u64, Failure> {
+pub fn register(core: &Core, draft: Draft, device: Arc<dyn Device>) -> Result<u64, Failure> {
     core.registry.register(device)?;
-    let number = token.number();
-    token.answer(Ok::<_, Failure>(Value::Nothing));
-    Ok(number)
+    Ok(draft.done(Value::Nothing))
 }
 
 #[pymethods]
@@ -54,10 +52,10 @@ impl Engine {
         uuid: Option<&str>,
         physical_block_size: Number,
     ) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         let physical = physical_block_size.u32("physical_block_size")?;
         let null = Null::new(name, block_size.u32("block_size")?, num_blocks.u64("num_blocks")?, parse_uuid(uuid)?, physical);
-        Ok(register(core, token, Arc::new(null))?)
+        Ok(register(core, draft, Arc::new(null))?)
     }
 
     #[pyo3(
@@ -73,7 +71,7 @@ impl Engine {
         physical_block_size: Number,
         optimal_io_boundary: Number,
     ) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         let malloc = Malloc::new(
             name,
             block_size.u32("block_size")?,
@@ -82,22 +80,22 @@ impl Engine {
             physical_block_size.u32("physical_block_size")?,
             optimal_io_boundary.u32("optimal_io_boundary")?,
         );
-        Ok(register(core, token, Arc::new(malloc.map_err(Failure::from)?))?)
+        Ok(register(core, draft, Arc::new(malloc.map_err(Failure::from)?))?)
     }
 
     #[pyo3(signature = (name, *, deadline_ms=Number::of(10_000)), text_signature = "($self, name, *, deadline_ms=10000)")]
     fn bdev_unregister(&self, name: &str, deadline_ms: Number) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         let deadline_ns = deadline_ms.deadline_ns("deadline_ms")?;
-        let number = token.number();
+        let (number, token) = (draft.number(), draft.commit());
         lifecycle::unregister(&core.registry, name, deadline_ns, token.done());
         Ok(number)
     }
 
     fn bdev_resize(&self, name: &str, num_blocks: Number) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         let num_blocks = num_blocks.u64("num_blocks")?;
-        let number = token.number();
+        let (number, token) = (draft.number(), draft.commit());
         lifecycle::resize(&core.registry, name, num_blocks, token.done());
         Ok(number)
     }
@@ -117,9 +115,9 @@ impl Engine {
 
     #[pyo3(signature = (name=None, *, reset=false))]
     fn bdev_iostat(&self, name: Option<&str>, reset: bool) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         let names = core.registry.list(name).map_err(Failure::from)?.into_iter().map(|listing| listing.info.name.clone());
-        let number = token.number();
+        let (number, token) = (draft.number(), draft.commit());
         gather_statistics(core, names.collect(), name.is_some(), reset, token);
         Ok(number)
     }
@@ -134,20 +132,19 @@ impl Engine {
 
     #[pyo3(signature = (name, *, write=true))]
     fn bdev_open(&self, name: &str, write: bool) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         // The process's listener tells Python of changes; this descriptor needs no ear of its own.
         let descriptor = core.registry.open(name, write, |_| {}).map_err(Failure::from)?;
-        let number = token.number();
+        let number = draft.number();
         lock(&core.descriptors).insert(number, Arc::new(descriptor));
-        token.answer(Ok::<_, Failure>(Value::Integer(number)));
-        Ok(number)
+        Ok(draft.done(Value::Integer(number)))
     }
 
     fn bdev_close(&self, descriptor: Number) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         let number = descriptor.u64("descriptor")?;
         let closed = lock(&core.descriptors).remove(&number).ok_or_else(|| not_open(number))?;
-        let answer = token.number();
+        let (answer, token) = (draft.number(), draft.commit());
         core.home().call(move |reactor| {
             // Here, so that requests sent before the close find it open.
             drop(closed);
@@ -168,7 +165,7 @@ impl Engine {
         num_blocks: Number,
         data: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<u64> {
-        let (core, token) = self.begin()?;
+        let (core, draft) = self.begin()?;
         let number = descriptor.u64("descriptor")?;
         let descriptor = lock(&core.descriptors).get(&number).cloned().ok_or_else(|| not_open(number))?;
         let op = parse_op(op)?;
@@ -186,7 +183,7 @@ impl Engine {
             Op::Write => Some(filled_bounce(&info, blocks, data)?),
             _ => None,
         };
-        let answer = token.number();
+        let (answer, token) = (draft.number(), draft.commit());
         let request = Request { number, descriptor, op, lba, blocks, bounce, token };
         core.home().call(move |reactor| io::start(reactor, request));
         Ok(answer)

@@ -16,7 +16,9 @@ use qpair_reactor::{Config, Handle, ReactorId, ReactorStats};
 
 use crate::events::Outbox;
 use crate::io;
-use crate::values::Failure;
+use crate::perf::Runs;
+use crate::values::{Failure, Number};
+use crate::vhost::Room;
 
 /// How long one reactor may take to tell its figures.
 const STATS_WAIT: Duration = Duration::from_millis(100);
@@ -52,6 +54,8 @@ pub struct Core {
     pub registry: Arc<Registry>,
     pub places: Vec<Place>,
     pub descriptors: Mutex<HashMap<u64, Arc<Descriptor>>>,
+    pub runs: Arc<Runs>,
+    pub vhost: Arc<Room>,
     last_stats: Mutex<HashMap<u32, ReactorStats>>,
     threads: Mutex<Vec<ReactorThread>>,
     life: Mutex<Life>,
@@ -80,7 +84,10 @@ impl Core {
         let outbox = Outbox::new().map_err(|error| Failure::os("eventfd", &error))?;
         let news = outbox.clone();
         registry.listen(move |notice| news.push_notice(notice));
+        let vhost = Room::new(registry.clone(), outbox.clone());
         Ok(Arc::new(Self {
+            runs: Arc::default(),
+            vhost,
             outbox,
             registry,
             places,
@@ -95,6 +102,26 @@ impl Core {
     /// Where work without a reactor of its own is done.
     pub fn home(&self) -> &Handle {
         &self.places[0].handle
+    }
+
+    /// The reactors of these cores; none given means all.
+    pub fn pick_reactors(&self, cores: Vec<Number>) -> Result<Vec<Handle>, Failure> {
+        if cores.is_empty() {
+            return Ok(self.places.iter().map(|place| place.handle.clone()).collect());
+        }
+        let mut picked: Vec<Handle> = Vec::with_capacity(cores.len().min(self.places.len()));
+        for core in cores {
+            let core = core.u32("reactors")?;
+            let Some(place) = self.places.iter().find(|place| place.handle.id().0 == core) else {
+                let there: Vec<String> = self.places.iter().map(|place| place.handle.id().0.to_string()).collect();
+                return Err(Failure::invalid("reactors", core, format_args!("out of {}", there.join(", "))));
+            };
+            if picked.contains(&place.handle) {
+                return Err(Failure::invalid("reactors", core, "each core once"));
+            }
+            picked.push(place.handle.clone());
+        }
+        Ok(picked)
     }
 
     pub fn is_running(&self) -> bool {
@@ -150,6 +177,13 @@ impl Core {
     }
 
     fn stop_front_ends(&self, until: Instant, late: &mut Vec<String>) {
+        let third = Instant::now() + until.saturating_duration_since(Instant::now()) / 3;
+        if !self.vhost.stop(third) {
+            late.push("a vhost session was still draining".to_owned());
+        }
+        if !self.runs.stop(third) {
+            late.push("a load run had I/O under way".to_owned());
+        }
         // Single I/Os get a third of the time to end by themselves; after that the bdevs' removal aborts them.
         let wait = until.saturating_duration_since(Instant::now()) / 3;
         let (send, receive) = mpsc::channel();

@@ -10,7 +10,7 @@ use qpair_reactor::driver::Choice;
 use qpair_reactor::{Config, PollerState, ReactorStats};
 
 use crate::core::{self, Core, Options, Place};
-use crate::events::Token;
+use crate::events::Draft;
 use crate::values::{Failure, Number};
 
 /// Reactors of one engine: more than any machine has cores, so that a slip is refused and not tried.
@@ -41,10 +41,10 @@ impl Engine {
         Err(Failure::new(libc::ESHUTDOWN, text))
     }
 
-    /// Core and a new token, for an asynchronous call.
-    pub fn begin(&self) -> Result<(&Arc<Core>, Token), Failure> {
+    /// Core and a new token, for an asynchronous call that is yet to be checked.
+    pub fn begin(&self) -> Result<(&Arc<Core>, Draft), Failure> {
         let core = self.core()?;
-        Ok((core, core.outbox.token()?))
+        Ok((core, core.outbox.draft()?))
     }
 
     /// The core, unless stopped: for calls that answer at once.

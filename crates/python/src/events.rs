@@ -27,6 +27,7 @@ const DROPPED: &str = "the engine stopped before this was done";
 pub enum News {
     Reply { token: u64, outcome: Result<Value, Failure> },
     Bdev { kind: &'static str, name: String },
+    Session { session: u64, kind: &'static str, queue: Option<u16>, reason: String },
     Log(Line),
     PythonBdev { ring: u64 },
 }
@@ -59,8 +60,8 @@ impl Outbox {
         self.event.fd().map_or(-1, |fd| fd.as_raw_fd())
     }
 
-    /// A new open token; refused once the engine is stopping.
-    pub fn token(self: &Arc<Self>) -> Result<Token, Failure> {
+    /// A new open token, for a call that may still be refused; itself refused once the engine is stopping.
+    pub fn draft(self: &Arc<Self>) -> Result<Draft, Failure> {
         let mut state = self.lock();
         if state.shut {
             return Err(Failure::new(libc::ESHUTDOWN, "the engine is stopped"));
@@ -68,7 +69,7 @@ impl Outbox {
         state.made += 1;
         let number = state.made;
         state.open.insert(number);
-        Ok(Token { number, outbox: self.clone() })
+        Ok(Draft { number, outbox: Some(self.clone()) })
     }
 
     /// Puts news in that are not a reply.
@@ -119,7 +120,8 @@ impl Outbox {
         taken
     }
 
-    fn answer(&self, token: u64, outcome: Result<Value, Failure>) {
+    /// Answers a token by its number, if it is still open.
+    pub fn answer(&self, token: u64, outcome: Result<Value, Failure>) {
         let mut state = self.lock();
         if state.open.remove(&token) {
             self.put(&mut state, News::Reply { token, outcome });
@@ -168,6 +170,47 @@ fn listen_to_log(outbox: &Arc<Outbox>) {
             }
         });
     });
+}
+
+/// The token of a call that is still being checked. Dropped, because the call was refused: nobody knows the number,
+/// so nothing is answered.
+pub struct Draft {
+    number: u64,
+    outbox: Option<Arc<Outbox>>,
+}
+
+impl Draft {
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The call is accepted: from here on there is an answer.
+    pub fn commit(mut self) -> Token {
+        let outbox = self.outbox.take().unwrap_or_else(|| unreachable!("taken only here and in `keep`, which consume it"));
+        Token { number: self.number, outbox }
+    }
+
+    /// As [`commit`](Self::commit), for work that answers by number and cannot forget to.
+    pub fn keep(mut self) -> u64 {
+        self.outbox = None;
+        self.number
+    }
+
+    /// The call is accepted and done.
+    pub fn done(self, value: Value) -> u64 {
+        let token = self.commit();
+        let number = token.number();
+        token.answer(Ok::<_, Failure>(value));
+        number
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if let Some(outbox) = &self.outbox {
+            outbox.lock().open.remove(&self.number);
+        }
+    }
 }
 
 /// The right and the duty to answer one asynchronous call. Goes wherever the work goes.
@@ -241,6 +284,7 @@ impl News {
         Ok(match self {
             Self::Reply { token, outcome } => Py::new(py, Reply::new(py, token, outcome))?.into_any(),
             Self::Bdev { kind, name } => Py::new(py, BdevEvent { kind, name })?.into_any(),
+            Self::Session { session, kind, queue, reason } => Py::new(py, SessionEvent { session, kind, queue, reason })?.into_any(),
             Self::Log(Line { level, component, message, suppressed }) => {
                 let level = match level {
                     Level::Error => "error",

@@ -21,7 +21,9 @@ mod core;
 mod engine;
 mod events;
 mod io;
+mod perf;
 mod values;
+mod vhost;
 
 use pyo3::prelude::*;
 

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use pyo3::exceptions::PyOSError;
@@ -13,6 +14,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyInt};
 use qpair_bdev::{BdevError, Stats, Status};
 use qpair_memory::{Mapping, MemoryError, Region};
+use qpair_perf::Report;
 
 pyo3::create_exception!(_engine, EngineError, PyOSError, "``errno`` is positive, ``strerror`` names the field, the value and the limit.");
 
@@ -128,6 +130,9 @@ pub enum Value {
     Integer(u64),
     Read(ReadData),
     Statistics(Vec<(String, Stats)>),
+    Perf(Box<Report>),
+    /// A descriptor that is Python's from then on, and the size of what it maps.
+    Inflight(OwnedFd, u64),
 }
 
 impl Value {
@@ -136,6 +141,8 @@ impl Value {
             Self::Nothing => py.None(),
             Self::Integer(number) => number.into_pyobject(py)?.into_any().unbind(),
             Self::Read(data) => data.to_python(py)?,
+            Self::Perf(report) => crate::perf::report_dict(py, &report)?.into_any().unbind(),
+            Self::Inflight(fd, size) => (fd.into_raw_fd(), size, 0).into_pyobject(py)?.into_any().unbind(),
             Self::Statistics(list) => {
                 let dicts = list.iter().map(|(name, stats)| crate::bdev::statistics_dict(py, name, stats)).collect::<PyResult<Vec<_>>>()?;
                 dicts.into_pyobject(py)?.into_any().unbind()
