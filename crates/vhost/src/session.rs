@@ -134,7 +134,8 @@ struct Ring {
     call: Option<Event>,
     err: Option<Event>,
     started: bool,
-    enabled: bool,
+    /// What SET_VRING_ENABLE said last.
+    enabled: Option<bool>,
     failed: bool,
     running: bool,
     stats: Arc<QueueStats>,
@@ -172,7 +173,7 @@ pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, 
         call: None,
         err: None,
         started: false,
-        enabled: true,
+        enabled: None,
         failed: false,
         running: false,
         stats,
@@ -364,7 +365,7 @@ impl Session {
             }
             Command::SetVringCall { queue, call } => self.set_call(reactor, queue, call)?,
             Command::SetVringErr { queue, err } => self.ring(queue)?.err = err,
-            Command::SetVringEnable { queue, enabled } => self.ring(queue)?.enabled = enabled,
+            Command::SetVringEnable { queue, enabled } => self.ring(queue)?.enabled = Some(enabled),
             Command::GetInflight { num_queues, queue_size } => {
                 let (_, fd, size) = Inflight::create(num_queues, queue_size)?;
                 return Ok(Answer::Inflight(fd, size));
@@ -387,9 +388,6 @@ impl Session {
             return Err(VhostError::invalid("features", format!("{features:#x}"), format!("within the offered {offered:#x}")));
         }
         self.features = features;
-        // Without protocol features there is no message to enable a ring: it is enabled from the start.
-        let enabled = features & Features::PROTOCOL_FEATURES.bits() == 0;
-        self.rings.iter_mut().for_each(|ring| ring.enabled = enabled);
         Ok(())
     }
 
@@ -434,7 +432,7 @@ impl Session {
         for ring in &mut self.rings {
             (ring.size, ring.addresses, ring.base) = (None, None, 0);
             (ring.kick, ring.call, ring.err) = (None, None, None);
-            (ring.started, ring.enabled, ring.failed) = (false, true, false);
+            (ring.started, ring.enabled, ring.failed) = (false, None, false);
             ring.stats.set_state(QueueState::Stopped);
         }
     }
@@ -442,11 +440,13 @@ impl Session {
     /// What it takes to start the rings that should run and do not.
     fn setups(&mut self) -> Result<Vec<Setup>, VhostError> {
         let Some(rows) = &self.rows else { return Ok(Vec::new()) };
+        // Without protocol features there is no message to enable a ring: it is enabled from the start.
+        let from_start = self.features & Features::PROTOCOL_FEATURES.bits() == 0;
         let mut setups = Vec::new();
         for (index, ring) in self.rings.iter_mut().enumerate() {
             // A ring that broke a rule is told by its figures; it runs again only after it was stopped in order.
             ring.failed |= ring.stats.state() == QueueState::Failed;
-            let should = ring.started && ring.enabled && !ring.failed && !ring.running;
+            let should = ring.started && ring.enabled.unwrap_or(from_start) && !ring.failed && !ring.running;
             let (Some(size), Some(addresses), true) = (ring.size, ring.addresses, should) else { continue };
             let twin = |event: &Option<Event>| event.as_ref().map(Event::twin).transpose().map_err(|error| VhostError::Os("dup", error));
             setups.push(Setup {
