@@ -17,6 +17,7 @@ from qpair.errors import (
     ForkedStack,
     InvalidArgument,
     NoSuchBdev,
+    NoSuchFile,
     QpairError,
     StackStopped,
     SubsystemError,
@@ -268,6 +269,19 @@ async def test_bdev_get_bdevs_waits_for_one_that_is_yet_to_come(stack: Any) -> N
     assert (await waiting)[0]["name"] == "late"
     with pytest.raises(NoSuchBdev):
         await stack.rpc("bdev_get_bdevs", name="never", timeout=20)
+
+
+async def test_a_load_tells_how_far_it_is_until_it_ends(stack: Any) -> None:
+    await stack.null("n", "1GiB")
+    run = await stack.perf("n", seconds=0.5)
+    seen = [snapshot async for snapshot in run.progress(0.05)]
+    assert len(seen) >= 3
+    assert all(snapshot.errors == 0 for snapshot in seen)
+    assert [snapshot.ios for snapshot in seen] == sorted(snapshot.ios for snapshot in seen)
+    assert (await run.result()).ios >= seen[-1].ios
+    with pytest.raises(NoSuchFile):
+        run.snapshot()
+    run.stop()
 
 
 async def test_a_load_is_measured_and_stopped_early(stack: Any) -> None:

@@ -201,6 +201,22 @@ async def test_perf_prints_a_table(client: Any, qpair_command: list[str], tmp_pa
             assert title in out
 
 
+async def test_perf_shows_progress_on_a_terminal(qpair_command: list[str]) -> None:
+    terminal, end = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *qpair_command, "perf", "null:1GiB", "--time", "1", "--cores", CORE,
+        stdout=asyncio.subprocess.PIPE, stderr=end, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(end)
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert process.returncode == 0
+    assert "randread 4KiB depth 128" in shown
+    assert "IOPS" in shown
+    assert "p99.99" in out.decode()
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

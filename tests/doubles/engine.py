@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -357,11 +358,17 @@ class Engine:
         self._disk(bdev)
         token = self.token()
         self.runs[token] = options
-        if options["max_ios"] or options["duration_ms"] < 100:
+        if options["max_ios"]:
             self.perf_stop(token)
+        else:
+            timer = threading.Timer(options["duration_ms"] / 1000, self.perf_stop, [token])
+            timer.daemon = True
+            timer.start()
         return token
 
     def perf_snapshot(self, token: int) -> dict[str, Any]:
+        if token not in self.runs:
+            raise EngineError(errno.ENOENT, f"run {token} is not under way")
         return {"ios": 10, "bytes": 40960, "errors": 0, "elapsed_ns": 1_000_000}
 
     def perf_stop(self, token: int) -> None:

@@ -6,13 +6,14 @@ Errors: `InvalidArgument` names the option and its limits; `NoSuchBdev`; errors 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpair.app.cores import parse_cores
 from qpair.app.sizes import parse_size
-from qpair.errors import InvalidArgument, from_engine
+from qpair.errors import InvalidArgument, NoSuchFile, from_engine
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
@@ -97,21 +98,31 @@ class PerfRun:
         self._reply = stack.bridge.call(token)
 
     def snapshot(self) -> PerfSnapshot:
-        """Counters now, without disturbing the run."""
-        raw = self._stack.engine.perf_snapshot(self._token)
+        """Counters now, without disturbing the run. `NoSuchFile` once it has ended."""
+        try:
+            raw = self._stack.engine.perf_snapshot(self._token)
+        except OSError as error:
+            raise from_engine(error) from error
         return PerfSnapshot(raw["ios"], raw["bytes"], raw["errors"], raw["elapsed_ns"] / 1e9)
 
     async def progress(self, interval_s: float = 0.2) -> AsyncIterator[PerfSnapshot]:
         """A snapshot every ``interval_s`` until the run ends."""
         while not self._reply.done():
             await asyncio.wait([self._reply], timeout=interval_s)
-            if not self._reply.done():
-                yield self.snapshot()
+            if self._reply.done():
+                return
+            try:
+                now = self.snapshot()
+            except NoSuchFile:
+                continue  # it has just ended; its reply is on the way
+            yield now
 
     def stop(self) -> None:
         """End the run early; its result covers what it did."""
         if not self._reply.done():
-            self._stack.engine.perf_stop(self._token)
+            # A run that has ended by itself meanwhile needs no stop.
+            with contextlib.suppress(OSError):
+                self._stack.engine.perf_stop(self._token)
 
     async def result(self) -> PerfResult:
         """Wait for the end. Cancelled while waiting, the run is stopped too."""
