@@ -26,13 +26,14 @@ mod queue;
 pub mod request;
 mod session;
 mod split;
+mod stats;
 mod target;
 
 pub use config::{features, serial};
 pub use inflight::Inflight;
-pub use queue::{QueueState, QueueStats};
 pub use session::{Answer, Command, MemoryRow, Source};
 pub use split::{Addresses, SplitRing};
+pub use stats::{QueueState, QueueStats};
 pub use target::{Controller, ControllerInfo, Failure, QueueInfo, Reply, SessionInfo, Target};
 
 /// Most queues of one controller.

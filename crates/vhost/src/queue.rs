@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use qpair_bdev::{ChannelId, IoId, Layer, Op, QueueId};
 use qpair_memory::{GuestMemory, Place};
@@ -23,6 +23,7 @@ use crate::config::{RANGES_MAX, serial};
 use crate::inflight::InflightQueue;
 use crate::request::{self, Request};
 use crate::session::Setup;
+use crate::stats::QueueState;
 use crate::{Broken, SplitRing, VhostError};
 
 /// Requests taken between two looks at what is done: small enough that the guest gets answers while we work on.
@@ -31,49 +32,6 @@ const CHUNK: u16 = 32;
 const CHUNKS: usize = 8;
 /// How far ahead descriptors are fetched.
 const AHEAD: u16 = 4;
-
-/// What a ring is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum QueueState {
-    /// Not on any reactor.
-    Stopped,
-    /// Serving.
-    Running,
-    /// Takes nothing new.
-    Draining,
-    /// Its driver broke a rule.
-    Failed,
-}
-
-/// A ring's figures, readable from any thread; updated once a poll.
-#[derive(Debug, Default)]
-#[allow(missing_docs)]
-pub struct QueueStats {
-    state: AtomicU8,
-    pub requests: AtomicU64,
-    pub kicks: AtomicU64,
-    pub interrupts: AtomicU64,
-    pub inflight: AtomicU64,
-    pub avail_idx: AtomicU64,
-    pub used_idx: AtomicU64,
-}
-
-impl QueueStats {
-    /// What the ring is doing.
-    pub fn state(&self) -> QueueState {
-        match self.state.load(Ordering::Acquire) {
-            0 => QueueState::Stopped,
-            1 => QueueState::Running,
-            2 => QueueState::Draining,
-            _ => QueueState::Failed,
-        }
-    }
-
-    pub(crate) fn set_state(&self, state: QueueState) {
-        self.state.store(state as u8, Ordering::Release);
-    }
-}
 
 /// What is kept of a request while it is in flight. Indexed by head.
 #[derive(Clone, Copy, Default)]
@@ -132,10 +90,13 @@ impl Queue {
         let info = setup.descriptor.info().ok_or_else(|| VhostError::NoSuch(format!("bdev {}", setup.descriptor.name())))?;
         let channel = setup.descriptor.channel(reactor, &mut layer.borrow_mut())?;
         let poller = reactor.reserve_poller(format!("vhost_{}_{}", setup.name, setup.index));
-        let waker = reactor.waker(poller).ok_or_else(|| VhostError::State("no poller".into()))?;
-        let completions = layer.borrow_mut().add_queue(waker);
         let watch = setup.kick.as_ref().map(|kick| reactor.watch(kick, poller)).transpose();
-        let watch = watch.map_err(|error| VhostError::Os("watch the kick descriptor", error))?;
+        let (Some(waker), Ok(watch)) = (reactor.waker(poller), &watch) else {
+            reactor.remove_poller(poller);
+            layer.borrow_mut().close_channel(reactor, channel);
+            return Err(VhostError::Os("watch the kick descriptor", watch.err().unwrap_or_else(|| std::io::ErrorKind::Other.into())));
+        };
+        let (watch, completions) = (*watch, layer.borrow_mut().add_queue(waker));
         let size = ring.size();
         setup.stats.set_state(QueueState::Running);
         let queue = Rc::new(RefCell::new(Self {
@@ -196,7 +157,7 @@ impl Queue {
         }
         for _ in 0..CHUNKS {
             work += self.put_back(&mut layer, reactor);
-            if self.state != QueueState::Running {
+            if !self.takes() {
                 break;
             }
             match self.take(&mut layer, reactor) {
@@ -212,6 +173,12 @@ impl Queue {
             self.book();
         }
         work
+    }
+
+    /// Whether there may be requests to take. What a predecessor had taken is answered even by a ring that drains.
+    #[inline]
+    fn takes(&self) -> bool {
+        self.state == QueueState::Running || (self.state == QueueState::Draining && !self.resubmit.is_empty())
     }
 
     #[inline]
@@ -334,16 +301,23 @@ impl Queue {
         let used = self.ring.next_used();
         let heads = std::mem::take(&mut self.resubmit);
         let mut taken = 0;
+        let mut outcome = Ok(());
         for (position, head) in heads.iter().enumerate() {
-            if !self.accept(layer, *head, false)? {
-                self.resubmit = heads[position..].to_vec();
-                break;
+            match self.accept(layer, *head, false) {
+                Ok(true) => taken += 1,
+                Ok(false) => {
+                    self.resubmit = heads[position..].to_vec();
+                    break;
+                }
+                Err(broken) => {
+                    outcome = Err(broken);
+                    break;
+                }
             }
-            taken += 1;
         }
         self.submit(layer, reactor);
         self.show(used);
-        Ok(taken)
+        outcome.map(|()| taken)
     }
 
     #[inline]
@@ -500,6 +474,8 @@ impl Queue {
     /// Ends the queue by name. What is in flight is still reaped, and no longer answered.
     #[cold]
     pub(crate) fn fail(&mut self, broken: Broken) {
+        // Zeros where memory was look like any broken rule.
+        let broken = if self.vanished() { Broken::MemoryVanished } else { broken };
         log::say(Level::Warning, "vhost", format_args!("{} queue {}: {broken}; the queue is stopped", self.setup.name, self.setup.index));
         self.set_state(QueueState::Failed);
         if let Some(err) = &self.setup.err {
@@ -510,7 +486,7 @@ impl Queue {
 
     /// Stops for good when draining is over. True: it was the end.
     fn end_if_drained(&mut self, reactor: &mut Reactor) -> bool {
-        if self.stopped.is_none() || self.inflight > 0 {
+        if self.stopped.is_none() || self.inflight > 0 || self.takes() {
             return false;
         }
         let Some(stopped) = self.stopped.take() else { return false };
@@ -527,12 +503,12 @@ impl Queue {
         }
         reactor.remove_poller(self.poller);
         let base = self.ring.next_avail();
-        self.set_state(QueueState::Stopped);
+        if self.state != QueueState::Failed {
+            self.set_state(QueueState::Stopped);
+        }
         self.setup.stats.inflight.store(0, Ordering::Relaxed);
-        // Holds on guest memory go before anybody is told that it is quiet.
-        self.memory = GuestMemory::default();
-        self.slots.clear();
-        stopped(reactor, base);
+        // Told in the next turn: the holds on guest memory go with this queue, and that goes with its poller.
+        reactor.after(0, move |reactor| stopped(reactor, base));
         true
     }
 }
@@ -566,7 +542,7 @@ impl Poller for QueuePoller {
     fn arm(&mut self, _: &mut Reactor) -> bool {
         let mut queue = self.0.borrow_mut();
         if queue.state != QueueState::Running {
-            return true;
+            return !queue.takes();
         }
         // Without a kick there is nothing to be woken by.
         queue.resubmit.is_empty() && queue.ring.arm() && queue.watch.is_some()

@@ -53,9 +53,12 @@ impl Table<'_> {
 #[inline]
 pub fn parse(ring: &SplitRing, memory: &GuestMemory, head: u16, indirect: bool, data: &mut SgList) -> Result<Request, Broken> {
     let first = ring.descriptor(head)?;
-    if !first.flags().contains(DescFlags::INDIRECT) {
-        return walk(&Table::Ring(ring), memory, head, first, u32::from(ring.size()), data);
-    }
+    let walk = Walk { table: Table::Ring(ring), memory, head, limit: u32::from(ring.size()), indirect };
+    walk.run(first, data)
+}
+
+/// The table that an indirect descriptor, the `index`th of its chain, points to (2.7.5.3); its WRITE flag means nothing.
+fn enter<'a>(memory: &'a GuestMemory, head: u16, index: u32, first: &Desc, indirect: bool) -> Result<Table<'a>, Broken> {
     let bad = |reason| Broken::BadIndirect { head, reason };
     if !indirect {
         return Err(bad("an indirect descriptor, but INDIRECT_DESC was not negotiated"));
@@ -68,28 +71,43 @@ pub fn parse(ring: &SplitRing, memory: &GuestMemory, head: u16, indirect: bool, 
         return Err(bad("an indirect table is empty, larger than 32768 entries, or cut off within one"));
     }
     let address = first.addr.get();
-    let unmapped = |_| Broken::Unmapped { head, index: 0, address, length: u64::from(length) };
+    let unmapped = |_| Broken::Unmapped { head, index, address, length: u64::from(length) };
     let (region, offset) = memory.find(address, u64::from(length)).map_err(unmapped)?;
-    let table = Table::Indirect { region, offset, count: length / 16 };
-    let first = table.get(0)?;
-    walk(&table, memory, head, first, length / 16, data)
+    Ok(Table::Indirect { region, offset, count: length / 16 })
 }
 
-/// Collects a chain; `limit` is the most descriptors it can have without running in a circle.
-#[inline]
-fn walk(table: &Table<'_>, memory: &GuestMemory, head: u16, first: Desc, limit: u32, data: &mut SgList) -> Result<Request, Broken> {
-    let mut chain = Chain { head, index: 0, writing: false, readable: 0, writable: 0, header: [0; 16], have: 0, last: None };
-    let mut descriptor = first;
-    loop {
-        chain.add(memory, &descriptor, data)?;
-        if !descriptor.flags().contains(DescFlags::NEXT) {
-            return chain.finish(memory, data);
+/// A walk along a chain; `limit` is the most descriptors it can have without running in a circle.
+struct Walk<'a> {
+    table: Table<'a>,
+    memory: &'a GuestMemory,
+    head: u16,
+    limit: u32,
+    indirect: bool,
+}
+
+impl Walk<'_> {
+    #[inline]
+    fn run(mut self, first: Desc, data: &mut SgList) -> Result<Request, Broken> {
+        let (memory, head) = (self.memory, self.head);
+        let mut chain = Chain { head, index: 0, writing: false, readable: 0, writable: 0, header: [0; 16], have: 0, last: None };
+        let mut descriptor = first;
+        loop {
+            if descriptor.flags().contains(DescFlags::INDIRECT) && matches!(self.table, Table::Ring(_)) {
+                // The chain goes on, and ends, in the other table.
+                self.table = enter(memory, head, chain.index, &descriptor, self.indirect)?;
+                self.limit = chain.index + descriptor.len.get() / 16;
+                descriptor = self.table.get(0)?;
+            }
+            chain.add(memory, &descriptor, data)?;
+            if !descriptor.flags().contains(DescFlags::NEXT) {
+                return chain.finish(memory, data);
+            }
+            chain.index += 1;
+            if chain.index >= self.limit || data.len() > SEGMENTS_MAX {
+                return Err(Broken::TooLong { head, limit: self.limit.min(SEGMENTS_MAX as u32) });
+            }
+            descriptor = self.table.get(descriptor.next.get())?;
         }
-        chain.index += 1;
-        if chain.index >= limit || data.len() > SEGMENTS_MAX {
-            return Err(Broken::TooLong { head, limit: limit.min(SEGMENTS_MAX as u32) });
-        }
-        descriptor = table.get(descriptor.next.get())?;
     }
 }
 
@@ -114,13 +132,14 @@ impl Chain {
             return Err(Broken::Empty { head, index });
         }
         if descriptor.flags().contains(DescFlags::INDIRECT) {
-            return Err(Broken::BadIndirect { head, reason: "an indirect descriptor inside a chain" });
+            return Err(Broken::BadIndirect { head, reason: "an indirect table inside an indirect table" });
         }
         let unmapped = |address, length: u32| Broken::Unmapped { head, index, address, length: u64::from(length) };
         if descriptor.flags().contains(DescFlags::WRITE) {
             // The previous writable buffer was data after all, whole.
             if let Some((address, length)) = self.last.replace((address, length)) {
-                memory.resolve(address, length, data).map_err(|_| unmapped(address, length))?;
+                let unmapped = |_| Broken::Unmapped { head, index: index - 1, address, length: u64::from(length) };
+                memory.resolve(address, length, data).map_err(unmapped)?;
                 self.writable += u64::from(length);
             }
             self.writing = true;

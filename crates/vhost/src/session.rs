@@ -20,8 +20,8 @@ use qpair_reactor::event::Event;
 use qpair_reactor::{Fanout, Reactor};
 use qpair_wire::virtio::{Features, RingSize};
 
-use crate::queue::{Queue, QueueState, QueueStats};
-use crate::{Addresses, Broken, Controller, Inflight, Reply, VhostError};
+use crate::queue::Queue;
+use crate::{Addresses, Broken, Controller, Inflight, QueueState, QueueStats, Reply, VhostError};
 
 /// Where a memory region comes from.
 pub enum Source {
@@ -216,7 +216,10 @@ fn next(reactor: &mut Reactor, session: &Shared) {
             }
             again.borrow_mut().busy = false;
             reply(outcome.and_then(|answer| started.map(|()| answer)));
-            next(reactor, &again);
+            // From a fresh stack: a front end may have sent thousands of commands while a ring drained.
+            if !again.borrow().waiting.is_empty() {
+                reactor.after(0, move |reactor| next(reactor, &again));
+            }
         });
     });
 }
@@ -376,6 +379,7 @@ impl Session {
             Command::ResetDevice => self.reset(),
             Command::Close => {
                 self.reset();
+                self.rows = None;
                 self.rings.clear();
             }
         }

@@ -157,6 +157,9 @@ impl SplitRing {
         fence(Ordering::SeqCst);
         let (old, new) = (self.signalled, self.next_used);
         self.signalled = new;
+        if old == new {
+            return false;
+        }
         match &self.used_event {
             Some(event) => need_event(event.load(Ordering::Relaxed), new, old),
             None => self.avail_flags.load(Ordering::Relaxed) & AvailFlags::NO_INTERRUPT.bits() == 0,

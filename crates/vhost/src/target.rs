@@ -7,9 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use qpair_bdev::{Descriptor, Info, Registry};
 use qpair_reactor::Handle;
 
-use crate::queue::{QueueState, QueueStats};
 use crate::session::{self, Answer, Command};
-use crate::{Broken, QUEUES_MAX, VhostError, config};
+use crate::{Broken, QUEUES_MAX, QueueState, QueueStats, VhostError, config};
 
 /// Where the answer to a command goes, from whatever thread.
 pub type Reply = Box<dyn FnOnce(Result<Answer, VhostError>) + Send>;
