@@ -36,7 +36,7 @@ impl Slot {
         INSTALL.call_once(install);
         for (index, entry) in TABLE.iter().enumerate() {
             if entry.base.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-                entry.length.store(length, Ordering::Relaxed);
+                entry.length.store(length, Ordering::Release);
                 entry.dead.store(false, Ordering::Relaxed);
                 entry.base.store(base, Ordering::Release);
                 return Ok(Self(index));
@@ -76,8 +76,10 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
     let address = unsafe { (*info).si_addr() } as usize;
     for entry in &TABLE {
         let base = entry.base.load(Ordering::Acquire);
-        let length = entry.length.load(Ordering::Relaxed);
-        if base > 1 && address >= base && address - base < length && replace_by_zeros(base, length) {
+        let length = entry.length.load(Ordering::Acquire);
+        // Looked at again: else an entry that changes hands right now could pair the old base with the new length.
+        let ours = base > 1 && entry.base.load(Ordering::Relaxed) == base;
+        if ours && address >= base && address - base < length && replace_by_zeros(base, length) {
             entry.dead.store(true, Ordering::Release);
             return;
         }

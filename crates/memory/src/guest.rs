@@ -74,14 +74,18 @@ impl GuestMemory {
         Some(&self.rows[index])
     }
 
-    /// Appends the pieces of `[address, address + length)` to `list`; a range may cross adjoining rows.
+    /// Appends the pieces of `[address, address + length)` to `list`; a range may cross adjoining rows. Refused: the list
+    /// is as it was.
     #[inline]
     pub fn resolve(&self, mut address: u64, length: u32, list: &mut SgList) -> Result<(), MemoryError> {
         let mut left = u64::from(length);
-        let start = address;
-        let unmapped = || MemoryError::Unmapped { address: start, length: u64::from(length) };
+        let (start, before) = (address, list.len());
+        let unmapped = |list: &mut SgList| {
+            list.truncate(before);
+            Err(MemoryError::Unmapped { address: start, length: u64::from(length) })
+        };
         loop {
-            let Some(row) = self.row(address) else { return Err(unmapped()) };
+            let Some(row) = self.row(address) else { return unmapped(list) };
             let within = address - row.guest_address;
             let step = left.min(row.length - within);
             list.push(Sge { region: row.region.clone(), offset: row.offset + within, length: step as u32 });
@@ -89,7 +93,7 @@ impl GuestMemory {
             if left == 0 {
                 return Ok(());
             }
-            let Some(next) = address.checked_add(step) else { return Err(unmapped()) };
+            let Some(next) = address.checked_add(step) else { return unmapped(list) };
             address = next;
         }
     }

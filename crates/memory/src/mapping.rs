@@ -112,6 +112,11 @@ impl Mapping {
         self.fault.as_ref().is_some_and(fault::Slot::is_dead)
     }
 
+    /// Whether nobody else has this memory: it is neither a memfd of ours nor somebody else's descriptor.
+    pub(crate) fn is_private(&self) -> bool {
+        self.fd.is_none() && self.fault.is_none()
+    }
+
     #[inline]
     pub(crate) fn base(&self) -> *mut u8 {
         self.base.as_ptr()

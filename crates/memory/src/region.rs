@@ -89,12 +89,12 @@ impl Region {
     }
 
     /// Gives whole pages of private memory back to the kernel, so that they read as zeros and cost nothing; the
-    /// ragged ends are filled. Only for private anonymous memory.
+    /// ragged ends are filled. Shared memory is filled with zeros.
     pub fn release(&self, offset: u64, length: u64) -> Result<(), MemoryError> {
         let start = self.pointer(offset, length)? as u64;
         let page = crate::mapping::page_size() as u64;
         let (first, last) = (start.next_multiple_of(page), (start + length) / page * page);
-        if first >= last || self.0.mapping.fd().is_some() {
+        if first >= last || !self.0.mapping.is_private() {
             return self.fill(offset, length, 0);
         }
         self.fill(offset, first - start, 0)?;
