@@ -1,5 +1,6 @@
 //! The bdev room: creating, listing, measuring, resizing and removing bdevs, and single I/Os on them.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use pyo3::buffer::PyBuffer;
@@ -7,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMemoryView};
 use qpair_bdev::malloc::Malloc;
 use qpair_bdev::null::Null;
-use qpair_bdev::{BdevError, Device, Info, Op, Stats, lifecycle};
+use qpair_bdev::{BdevError, Device, FileBdev, Info, Op, Stats, lifecycle};
 use qpair_memory::{Mapping, Pages, Region};
 use uuid::Uuid;
 
@@ -81,6 +82,38 @@ impl Engine {
             optimal_io_boundary.u32("optimal_io_boundary")?,
         );
         Ok(register(core, draft, Arc::new(malloc.map_err(Failure::from)?))?)
+    }
+
+    #[pyo3(
+        signature = (name, path, *, module, block_size=Number::of(0), readonly=false, fallocate=false, uuid=None),
+        text_signature = "($self, name, path, *, module, block_size=0, readonly=False, fallocate=False, uuid=None)"
+    )]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of the Python contract")]
+    fn bdev_file_create(
+        &self,
+        name: String,
+        path: PathBuf,
+        module: String,
+        block_size: Number,
+        readonly: bool,
+        fallocate: bool,
+        uuid: Option<&str>,
+    ) -> PyResult<u64> {
+        let (core, draft) = self.begin()?;
+        let (block_size, uuid) = (block_size.u32("block_size")?, parse_uuid(uuid)?);
+        if core.registry.list(Some(&name)).is_ok() {
+            return Err(Failure::from(BdevError::Exists(name)).into());
+        }
+        let (number, token, registry) = (draft.number(), draft.commit(), core.registry.clone());
+        // Opening a file may wait for a disk or a server: neither Python nor a reactor does that.
+        let open = move || {
+            let device = FileBdev::open(&name, &path, &module, block_size, readonly, fallocate, uuid);
+            let outcome = device.and_then(|device| registry.register(Arc::new(device)));
+            token.answer(outcome.map(|_| Value::Nothing));
+        };
+        let helper = std::thread::Builder::new().name("qpair_open".to_owned()).spawn(open);
+        helper.map_err(|error| Failure::os("a thread to open the file", &error))?;
+        Ok(number)
     }
 
     #[pyo3(signature = (name, *, deadline_ms=Number::of(10_000)), text_signature = "($self, name, *, deadline_ms=10000)")]

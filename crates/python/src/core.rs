@@ -6,11 +6,13 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use qpair_bdev::python::Ring;
 use qpair_bdev::{Descriptor, Layer, Registry, lifecycle};
 use qpair_reactor::driver::Choice;
+use qpair_reactor::log::{self, Level};
 use qpair_reactor::thread::{self, ReactorThread};
 use qpair_reactor::{Config, Handle, ReactorId, ReactorStats};
 
@@ -54,6 +56,8 @@ pub struct Core {
     pub registry: Arc<Registry>,
     pub places: Vec<Place>,
     pub descriptors: Mutex<HashMap<u64, Arc<Descriptor>>>,
+    /// Rings of Python bdevs, to be closed when nobody can be waited for any more.
+    pub rings: Mutex<Vec<Weak<Ring>>>,
     pub runs: Arc<Runs>,
     pub vhost: Arc<Room>,
     last_stats: Mutex<HashMap<u32, ReactorStats>>,
@@ -86,6 +90,7 @@ impl Core {
         registry.listen(move |notice| news.push_notice(notice));
         let vhost = Room::new(registry.clone(), outbox.clone());
         Ok(Arc::new(Self {
+            rings: Mutex::default(),
             runs: Arc::default(),
             vhost,
             outbox,
@@ -196,8 +201,9 @@ impl Core {
             )
         });
         if receive.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) && !wait.is_zero() {
-            late.push("single I/Os were still under way and are aborted".to_owned());
+            log::say(Level::Warning, "engine", format_args!("single I/Os are still under way: they are aborted"));
         }
+        lock(&self.rings).drain(..).filter_map(|ring| ring.upgrade()).for_each(|ring| ring.close());
         let open: Vec<(u64, Arc<Descriptor>)> = lock(&self.descriptors).drain().collect();
         for (number, descriptor) in open {
             drop(descriptor);

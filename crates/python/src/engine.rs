@@ -123,7 +123,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        if std::process::id() != self.pid {
+        if not_forked(self.pid).is_err() {
             // A forked child: locks may be held by threads that are not here. What the parent made stays untouched.
             return;
         }
@@ -131,6 +131,16 @@ impl Drop for Engine {
         let core = unsafe { ManuallyDrop::take(&mut self.core) };
         core::abandon(core);
     }
+}
+
+/// Refuses a process that is not the one that made the object.
+pub fn not_forked(pid: u32) -> Result<(), Failure> {
+    let here = std::process::id();
+    if here == pid {
+        return Ok(());
+    }
+    let text = format!("the engine belongs to process {pid}; this is {here}, forked from it, and reactors do not survive a fork");
+    Err(Failure::new(libc::ESHUTDOWN, text))
 }
 
 /// Given cores, or the first that this process may run on.

@@ -22,6 +22,7 @@ mod engine;
 mod events;
 mod io;
 mod perf;
+mod pyring;
 mod values;
 mod vhost;
 
@@ -35,6 +36,8 @@ mod _engine {
     use super::engine::Engine;
     #[pymodule_export]
     use super::events::{BdevEvent, LogEvent, PythonBdevWork, Reply, SessionEvent};
+    #[pymodule_export]
+    use super::pyring::PythonBdevRing;
     #[pymodule_export]
     use super::values::EngineError;
 
