@@ -35,6 +35,8 @@ struct Shared {
 pub(super) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// The process that has these threads: a forked child has none, and must not wait for them.
+    process: u32,
 }
 
 impl Pool {
@@ -49,7 +51,7 @@ impl Pool {
         let count = unsafe { File::from_raw_fd(count) };
         let (jobs, results) = (ArrayQueue::new(DEPTH), ArrayQueue::new(DEPTH));
         let shared = Shared { jobs, count, results, doorbell: Doorbell::default(), bell, stop: AtomicBool::new(false) };
-        let mut pool = Self { shared: Arc::new(shared), threads: Vec::new() };
+        let mut pool = Self { shared: Arc::new(shared), threads: Vec::new(), process: std::process::id() };
         for number in 0..THREADS {
             let shared = pool.shared.clone();
             let builder = std::thread::Builder::new().name(format!("file_io_{number}"));
@@ -92,6 +94,9 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            return std::mem::forget(std::mem::take(&mut self.threads));
+        }
         while self.take_back().is_some() {}
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.add(self.threads.len() as u64);

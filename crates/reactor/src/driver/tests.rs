@@ -64,6 +64,7 @@ both!(
     a_completion_ends_a_wait,
     a_notification_ends_a_wait,
     sixteen_drivers_can_be_open,
+    a_forked_child_drops_its_copy_without_harm,
 );
 
 fn run(test: fn(&mut Box<dyn Driver>, Open), open: Open) {
@@ -478,6 +479,32 @@ fn a_notification_ends_a_wait(driver: &mut Box<dyn Driver>, _: Open) {
 fn sixteen_drivers_can_be_open(_: &mut Box<dyn Driver>, open: Open) {
     let drivers: Vec<_> = (0..16).filter_map(|_| open()).collect();
     assert_eq!(drivers.len(), 16);
+}
+
+fn a_forked_child_drops_its_copy_without_harm(_: &mut Box<dyn Driver>, open: Open) {
+    let mut driver = open().expect("it opened before");
+    let (file, memory) = (temporary(), region(4096));
+    assert_eq!(only(&mut driver, request(FileOp::Write, &file, 0, [sge(&memory, 0, 512)], 0)), 512);
+    for value in 0..100 {
+        submit(&mut driver, request(FileOp::WriteDurable, &file, value * 512, [sge(&memory, 0, 512)], value));
+    }
+    driver.unplug();
+    // SAFETY: the child only drops what it inherited and ends without running anything else; a child that hangs is ended
+    // by its alarm.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: as above.
+        unsafe {
+            libc::alarm(20);
+            drop(driver);
+            libc::_exit(0);
+        }
+    }
+    let mut status = 0;
+    // SAFETY: `status` is a valid place to write to.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the child ended by itself");
+    assert!(results(&mut driver, 100).values().all(|result| *result == 512));
 }
 
 /// A pipe's two ends; a read of an empty one never ends by itself.

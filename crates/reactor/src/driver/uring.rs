@@ -44,6 +44,8 @@ pub struct Uring {
     rearm: Vec<u64>,
     /// Says which descriptors can be polled at all.
     judge: OwnedFd,
+    /// The process that made it. A forked child has neither its ring memory nor its operations.
+    process: u32,
 }
 
 impl Uring {
@@ -69,6 +71,7 @@ impl Uring {
             backlog: VecDeque::new(),
             rearm: Vec::new(),
             judge,
+            process: std::process::id(),
         };
         this.arm(BELL);
         this.flush()?;
@@ -342,6 +345,10 @@ impl Driver for Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            std::mem::forget(std::mem::take(&mut self.slots));
+            return;
+        }
         self.cancel_all();
         let mut ended = Vec::new();
         while self.slots.taken() > 0 {
