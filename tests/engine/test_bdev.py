@@ -273,3 +273,37 @@ def test_iostat_counts_and_resets(driver: Any) -> None:
     }
     every = driver.wait(engine.bdev_iostat())
     assert [(stat["name"], stat["read_ios"]) for stat in every] == [("m0", 0), ("m1", 0)]
+
+
+def test_a_disk_in_a_file_keeps_what_was_written(driver: Any, tmp_path: Any) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    driver.wait(driver.engine.bdev_file_create("f0", str(path), module="aio", block_size=512))
+    disk = driver.open("f0")
+    data = random.Random(4).randbytes(64 * 512)
+    driver.io(disk, "write", 100, 64, data)
+    driver.io(disk, "flush")
+    assert driver.io(disk, "read", 100, 64) == data
+    assert path.read_bytes()[100 * 512 : 164 * 512] == data
+    (info,) = driver.engine.bdev_info("f0")
+    assert (info["module"], info["path"], info["num_blocks"]) == ("aio", str(path), 2048)
+    again = refusal(lambda: driver.engine.bdev_file_create("f0", str(path), module="aio"))
+    assert again == (errno.EEXIST, "File exists: bdev f0")
+    missing = driver.engine.bdev_file_create("f1", str(tmp_path / "none"), module="uring")
+    assert refusal(lambda: driver.wait(missing))[0] == errno.ENOENT
+    odd = driver.engine.bdev_file_create("f1", str(path), module="nfs")
+    assert refusal(lambda: driver.wait(odd)) == (errno.EINVAL, "Invalid argument: module nfs: uring or aio")
+    driver.wait(driver.engine.bdev_unregister("f0"))
+    assert path.read_bytes()[100 * 512 : 164 * 512] == data
+
+
+def test_a_refused_call_answers_nothing(start: Callable[..., Any]) -> None:
+    driver = start()
+    driver.malloc()
+    while driver.drain():
+        pass
+    for _ in range(3):
+        assert refusal(lambda: driver.engine.bdev_null_create("m0", num_blocks=8, block_size=512))[0] == errno.EEXIST
+        assert refusal(lambda: driver.engine.bdev_open("x"))[0] == errno.ENODEV
+        assert refusal(lambda: driver.engine.bdev_io(99, "read", 0, 1))[0] == errno.EBADF
+    assert driver.engine.events() == []
