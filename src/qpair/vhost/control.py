@@ -25,10 +25,10 @@ from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, NoSuchController, NoSuchDevice, from_engine
 from qpair.vhost.listener import Listener
 from qpair.vhost.model import TRANSPORT, Coalescing, VhostBlkController
-from qpair.vhost.session import Session
 from qpair.vhost.transport import Channel
 
 if TYPE_CHECKING:
+    from qpair.vhost.session import Session
     from qpair.app.bridge import Bridge
     from qpair.app.stack import Stack
 
@@ -86,6 +86,9 @@ class ControllerServer:
             except BaseException:
                 connection.close()
                 raise
+        # The codecs are only needed by a front end: a server without one answers its first RPC sooner.
+        from qpair.vhost.session import Session
+
         self.session = Session(self._bridge, self.controller, Channel(connection))
         self._running = asyncio.create_task(self.session.run(), name=f"vhost session {self.controller}")
 

@@ -96,4 +96,5 @@ def _describe_session(name: str, index: int, session: Mapping[str, Any]) -> dict
         "started": any(queue["state"] == "running" for queue in queues),
         "max_queues": len(queues),
         "inflight_task_cnt": sum(queue["inflight"] for queue in queues),
+        "queues": [dict(queue) for queue in queues],
     }

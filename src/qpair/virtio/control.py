@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from qpair.app.subsystems import Subsystem
 from qpair.errors import AlreadyExists, InvalidArgument, NoSuchController, NoSuchDevice, QpairError, from_engine
 from qpair.vhost.transport import close_all
-from qpair.virtio.client import ANSWER_TIMEOUT_S, Device, FrontEnd, Memory, Queue, attach_queues, negotiate, stop_queues
 from qpair.virtio.model import VirtioController, VirtioModule
 
 if TYPE_CHECKING:
+    from qpair.virtio.client import Device, FrontEnd, Memory, Queue
     from qpair._engine import BdevEvent
     from qpair.app.stack import Stack
 
@@ -102,7 +102,7 @@ class VirtioSubsystem(Subsystem):
     # -- attaching --------------------------------------------------------------------------------
 
     async def attach(
-        self, name: str, path: str | os.PathLike[str], *, num_queues: int = 1, queue_size: int = 512, timeout_s: float = ANSWER_TIMEOUT_S
+        self, name: str, path: str | os.PathLike[str], *, num_queues: int = 1, queue_size: int = 512, timeout_s: float = 10.0
     ) -> VirtioController:
         """Make the target on socket ``path`` the bdev ``name``. ``num_queues`` is lowered to what the target has. ``timeout_s`` is for each answer."""
         if not name:
@@ -115,6 +115,9 @@ class VirtioSubsystem(Subsystem):
             raise AlreadyExists(f"a virtio controller is already named {name!r:.256}")
         self._busy_names.add(name)
         try:
+            # Only an attached target needs the codecs: a server without one answers its first RPC sooner.
+            from qpair.virtio.client import FrontEnd
+
             front = await FrontEnd.connect(path, timeout_s=timeout_s)
             try:
                 attached = await self._hand_over(name, front, num_queues, queue_size)
@@ -128,6 +131,8 @@ class VirtioSubsystem(Subsystem):
         return attached.controller
 
     async def _hand_over(self, name: str, front: FrontEnd, wanted: int, queue_size: int) -> _Attached:
+        from qpair.virtio.client import Queue, attach_queues, negotiate
+
         device = await negotiate(front)
         count = min(wanted, device.num_queues)
         if count < wanted:
@@ -176,6 +181,8 @@ class VirtioSubsystem(Subsystem):
         try:
             await self._unregister(name, deadline_ms)
             try:
+                from qpair.virtio.client import stop_queues
+
                 await stop_queues(attached.front, attached.controller.num_queues)
             except QpairError as error:
                 logger.info("virtio %s: while leaving: %s", name, error)
