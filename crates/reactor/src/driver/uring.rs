@@ -41,6 +41,8 @@ pub struct Uring {
     refused: Vec<Completion>,
     /// Entries for which the submission ring had no room.
     backlog: VecDeque<squeue::Entry>,
+    /// Whether anything was queued that the kernel has not taken: a turn without need not look at the ring.
+    queued: bool,
     rearm: Vec<u64>,
     /// Says which descriptors can be polled at all.
     judge: OwnedFd,
@@ -69,6 +71,7 @@ impl Uring {
             watches: Watches::default(),
             refused: Vec::new(),
             backlog: VecDeque::new(),
+            queued: false,
             rearm: Vec::new(),
             judge,
             process: std::process::id(),
@@ -86,6 +89,7 @@ impl Uring {
     /// Queues an entry.
     #[inline]
     fn push(&mut self, entry: squeue::Entry) {
+        self.queued = true;
         // SAFETY: what the entry points to is owned by `slots` until its completion is reaped, also across drop; an
         // entry for a poll points to nothing and its descriptor is held by `watches` or is the bell's.
         if !self.backlog.is_empty() || unsafe { self.ring.submission().push(&entry) }.is_err() {
@@ -108,13 +112,18 @@ impl Uring {
             }
             let queued = self.ring.submission().len();
             if queued == 0 {
+                self.queued = false;
                 return Ok(());
             }
             let flags = EnterFlags::GETEVENTS.bits();
             // SAFETY: the arguments are those of io_uring_enter without a signal mask.
             let taken = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued as u32, 0, flags, None) }?;
             // What the kernel left stays in the ring for the next time; a backlog wants the room now.
-            if taken < queued || self.backlog.is_empty() {
+            if taken < queued {
+                return Ok(());
+            }
+            self.queued = !self.backlog.is_empty();
+            if !self.queued {
                 return Ok(());
             }
         }
@@ -264,6 +273,9 @@ impl Driver for Uring {
 
     #[inline]
     fn unplug(&mut self) {
+        if !self.queued {
+            return;
+        }
         match self.flush() {
             Err(error) if !is_transient(&error) => log::say(Level::Error, "reactor", format_args!("io_uring_enter: {error}")),
             _ => {}
