@@ -177,33 +177,34 @@ impl Core {
         let mut late = Vec::new();
         self.stop_front_ends(until, &mut late);
         self.stop_bdevs(until, &mut late);
+        if !self.runs.stop(until) {
+            late.push("a load run had I/O under way".to_owned());
+        }
         self.stop_reactors(until, &mut late);
         late
     }
 
+    /// Who makes I/O first, and only then the sessions: a load of ours may run through a target of ours.
     fn stop_front_ends(&self, until: Instant, late: &mut Vec<String>) {
-        let third = Instant::now() + until.saturating_duration_since(Instant::now()) / 3;
-        if !self.vhost.stop(third) {
+        let third = |until: Instant| Instant::now() + until.saturating_duration_since(Instant::now()) / 3;
+        self.runs.stop(third(until));
+        self.stop_single_ios(third(until));
+        lock(&self.rings).drain(..).filter_map(|ring| ring.upgrade()).for_each(|ring| ring.close());
+        if !self.vhost.stop(third(until)) {
             late.push("a vhost session was still draining".to_owned());
         }
-        if !self.runs.stop(third) {
-            late.push("a load run had I/O under way".to_owned());
-        }
-        // Single I/Os get a third of the time to end by themselves; after that the bdevs' removal aborts them.
-        let wait = until.saturating_duration_since(Instant::now()) / 3;
+    }
+
+    /// Single I/Os may end by themselves until then; after that the bdevs' removal aborts them.
+    fn stop_single_ios(&self, until: Instant) {
         let (send, receive) = mpsc::channel();
-        self.home().call(move |reactor| {
-            io::when_idle(
-                reactor,
-                Box::new(move || {
-                    let _ = send.send(());
-                }),
-            )
+        let told = Box::new(move || {
+            let _ = send.send(());
         });
-        if receive.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) && !wait.is_zero() {
+        self.home().call(move |reactor| io::when_idle(reactor, told));
+        if receive.recv_timeout(until.saturating_duration_since(Instant::now())) == Err(RecvTimeoutError::Timeout) {
             log::say(Level::Warning, "engine", format_args!("single I/Os are still under way: they are aborted"));
         }
-        lock(&self.rings).drain(..).filter_map(|ring| ring.upgrade()).for_each(|ring| ring.close());
         let open: Vec<(u64, Arc<Descriptor>)> = lock(&self.descriptors).drain().collect();
         for (number, descriptor) in open {
             drop(descriptor);

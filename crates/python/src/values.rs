@@ -16,7 +16,12 @@ use qpair_bdev::{BdevError, Stats, Status};
 use qpair_memory::{Mapping, MemoryError, Region};
 use qpair_perf::Report;
 
-pyo3::create_exception!(_engine, EngineError, PyOSError, "``errno`` is positive, ``strerror`` names the field, the value and the limit.");
+pyo3::create_exception!(
+    qpair._engine,
+    EngineError,
+    PyOSError,
+    "``errno`` is positive, ``strerror`` names the field, the value and the limit."
+);
 
 /// Why something was refused or failed: a positive errno and one sentence.
 #[derive(Clone, Debug)]

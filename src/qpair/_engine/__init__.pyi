@@ -4,13 +4,30 @@ Python decides, Rust moves: nothing here is called once per I/O, except by code 
 
 Asynchronous calls return a *token* (``int``) at once; the answer arrives later as one `Reply` from
 `Engine.events`. `Engine.event_fd` is readable while events wait. Every token is answered exactly once,
-also through removal and shutdown. A call that is refused before it reaches a reactor raises `EngineError`.
+also through removal and shutdown (``ECANCELED``). A call that is refused before it reaches a reactor raises `EngineError`; then there
+is no token. A stopped engine, and the copy of one in a forked child, refuse every call with ``ESHUTDOWN``.
+
+The log is the process's: with several engines, the youngest live one tells it.
 
 Units: ``*_blocks`` counts logical blocks of the bdev, ``*_bytes`` bytes, ``*_ns`` nanoseconds, ``*_us`` microseconds.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, Self, TypeAlias, final
+
+__all__ = [
+    "BdevEvent",
+    "Engine",
+    "EngineError",
+    "Event",
+    "LogEvent",
+    "PythonBdevRing",
+    "PythonBdevWork",
+    "Reply",
+    "SessionEvent",
+    "VirtioMemory",
+    "__version__",
+]
 
 __version__: str
 
@@ -62,8 +79,8 @@ class Engine:
     event_fd: int
     driver: Literal["io_uring", "epoll"]
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         cores: Sequence[int] = ...,
         pin: bool = True,
@@ -71,13 +88,14 @@ class Engine:
         busy_poll: bool = False,
         spin_us: int = 50,
         ios_per_reactor: int = 8192,
-    ) -> None:
+    ) -> Self:
         """Starts one reactor a core. ``auto`` takes io_uring where the kernel allows it, else epoll with a thread pool."""
 
     def events(self, max_events: int = 256) -> list[Event]: ...
     def reactors(self) -> list[dict[str, Any]]:
-        """One dict a reactor: ``lcore, tid, driver, busy_ns, idle_ns, sleeps, turns, messages, pollers: [{name, state
-        ("active" | "armed"), busy_ns, runs, busy_runs}]``. Waits at most 100 ms for each reactor, without the GIL."""
+        """One dict a reactor: ``lcore, tid, driver, responsive, busy_ns, idle_ns, sleeps, turns, messages, pollers: [{name, state
+        ("active" | "armed"), busy_ns, runs, busy_runs}]``. Waits at most 100 ms for each reactor, without the GIL; one that does not
+        answer is not ``responsive``, and its figures are the last it told."""
 
     def stop(self, deadline_ms: int = 10_000) -> None:
         """Front ends, then bdevs, then reactors; each outstanding token is answered first. Idempotent. Blocks without the GIL."""
@@ -133,7 +151,7 @@ class Engine:
         num_blocks: int = 0,
         data: Any = None,
     ) -> int:
-        """One I/O by way of a bounce buffer. ``data`` (write): anything with the buffer protocol, copied before this returns.
+        """One I/O by way of a bounce buffer, up to 256 MiB; the layer splits what the device cannot take. ``data`` (write): anything with the buffer protocol, copied before this returns.
         Reply value: bytes for read, else None."""
 
     # ---- vhost (crates/vhost) ------------------------------------------------------------------------
@@ -196,11 +214,12 @@ class Engine:
         offset_blocks: int = 0,
         length_blocks: int = 0,
     ) -> int:
-        """Reply (when the run ends): ``{ios, reads, writes, bytes, errors, verify_errors, elapsed_ns, mean_ns, min_ns, max_ns,
+        """Reply (when the run ends): ``{ios, reads, writes, bytes, errors, verify_errors, first_mismatch (str | None), removed (bool: the
+        bdev went away under the run), elapsed_ns, mean_ns (float), min_ns, max_ns,
         percentiles: {"50": ns, "99": ns, "99.9": ns, "99.99": ns}, per_reactor: [{lcore, ios}], max_gap_ns, histogram: bytes (HdrHistogram V2)}``."""
 
     def perf_snapshot(self, token: int) -> dict[str, Any]:
-        """Of a run under way: ``ios, bytes, errors, elapsed_ns``. Lock-free."""
+        """Of a run under way: ``ios, bytes, errors, elapsed_ns``. ``ENOENT`` once it has ended, also from `perf_stop`."""
 
     def perf_stop(self, token: int) -> None: ...
 
@@ -211,7 +230,8 @@ class PythonBdevRing:
     id: int
     def fetch(self, max_requests: int = 64) -> list[tuple[int, str, int, int, memoryview | None]]:
         """Requests ``(slot, op, offset_blocks, num_blocks, buffer)``; ops "read", "write", "flush", "unmap", "write_zeroes", "reset".
-        The buffer is a pooled bounce buffer: fill it for read, take from it for write; it is invalid after `complete`."""
+        The buffer is a pooled bounce buffer: zeros to be filled for read, read-only data for write. What is done to it after `complete`
+        reaches nobody; it is used again when its last view is gone."""
 
     def complete(self, slot: int, errno: int = 0) -> None:
         """``ValueError`` for a slot that is not with Python: each request is completed once."""
@@ -222,7 +242,7 @@ class PythonBdevRing:
 class VirtioMemory:
     """Shared memory (memfd) for rings and data of a virtio-user initiator, laid out by the engine."""
 
-    def __init__(self, *, num_queues: int, queue_size: int, max_io_bytes: int = 131072) -> None: ...
+    def __new__(cls, *, num_queues: int, queue_size: int, max_io_bytes: int = 131072) -> Self: ...
     fd: int
     size_bytes: int
     user_address: int
