@@ -30,9 +30,9 @@ def heading(text: str) -> None:
     print(f"\n{bold}{text}{plain}", flush=True)
 
 
-def show(words: list[str]) -> None:
+def show(words: list[str], *, behind: str = "") -> None:
     """A command line, as one would type it."""
-    print("  $ " + " ".join(shlex.quote(word) for word in words), flush=True)
+    print("  $ " + " ".join(shlex.quote(word) for word in words) + behind, flush=True)
 
 
 class DemoServer:
@@ -50,7 +50,7 @@ class DemoServer:
 
     def __enter__(self) -> Self:
         words = ["serve", "-m", f"[{self._cores}]", "-r", str(self.rpc_socket), "-S", str(self.folder)]
-        show(["qpair", *words, "&"])
+        show(["qpair", *words], behind=" &")
         self._log = (self.folder / "serve.log").open("wb")
         self._process = subprocess.Popen([sys.executable, "-m", "qpair.cli", *words], stdout=self._log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + READY_S
