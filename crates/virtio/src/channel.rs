@@ -1,0 +1,364 @@
+//! One reactor's queue: I/Os to request slots and back.
+
+use std::sync::Arc;
+
+use qpair_bdev::{Channel, ChannelId, IoFlags, IoId, Layer, Op, Status};
+use qpair_memory::{Mapping, Region, copy_list};
+use qpair_reactor::driver::WatchId;
+use qpair_reactor::event::Event;
+use qpair_reactor::{LocalWaker, PollerId, Reactor};
+use qpair_wire::virtio_blk::{BlkStatus, RequestHeader, RequestType, Segment, SegmentFlags};
+
+use crate::BdevError;
+use crate::chain::{Chains, Shape};
+use crate::device::Shared;
+use crate::ring::{Position, Ring};
+
+/// No slot yet.
+const NONE: u16 = u16::MAX;
+
+/// Where a request slot is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Free,
+    /// The last part of its I/O is with the target.
+    Last,
+    /// A flush follows.
+    FlushNext,
+}
+
+struct Slot {
+    stage: Stage,
+    /// Data goes through the bounce space.
+    bounced: bool,
+    /// On the free list, where it may also lie while in use.
+    listed: bool,
+    /// How the descriptors stand.
+    shape: Shape,
+    /// Most bytes that the target may say it wrote.
+    capacity: u32,
+    io: IoId,
+}
+
+pub(crate) struct VirtioChannel {
+    shared: Arc<Shared>,
+    id: ChannelId,
+    queue: usize,
+    ring: Ring,
+    chains: Chains,
+    headers_at: u64,
+    bounce_at: u64,
+    bounce_bytes: u64,
+    region: Region,
+    mapping: *const Mapping,
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    /// The slot each I/O of the reactor had last: there its descriptors stand as it needs them.
+    last: Vec<u16>,
+    inflight: u16,
+    kick: Event,
+    watch: WatchId,
+    waker: LocalWaker,
+    /// Requests were given up.
+    lost: bool,
+}
+
+impl VirtioChannel {
+    pub(crate) fn open(
+        shared: Arc<Shared>,
+        reactor: &mut Reactor,
+        layer: &Layer,
+        id: ChannelId,
+        poller: PollerId,
+        queue: usize,
+        position: Position,
+    ) -> Result<Self, BdevError> {
+        let (layout, agreed) = (shared.layout.queue(queue), &shared.agreed);
+        let size = shared.layout.size();
+        let region = Region::new(shared.layout.mapping().clone());
+        let ring = Ring::new(&region, &layout, size, agreed.event_idx, position)?;
+        let chains = Chains::new(&region, &layout, size, agreed.indirect)?;
+        let setup = &shared.queues[queue];
+        let os = |what: &'static str| move |source| BdevError::Os { what: format!("virtio: {what}"), source };
+        let kick = setup.kick.twin().map_err(os("kick descriptor"))?;
+        let watch = reactor.watch(&setup.call, poller).map_err(os("call descriptor"))?;
+        let Some(waker) = reactor.waker(poller) else { return Err(BdevError::Removing(agreed.info.name.clone())) };
+        // A ring is started by its first kick, also one that will be polled.
+        kick.notify();
+        let slots = (0..chains.slots()).map(|_| Slot::new()).collect();
+        Ok(Self {
+            id,
+            queue,
+            headers_at: layout.headers,
+            bounce_at: layout.bounce,
+            bounce_bytes: u64::from(shared.layout.max_io_bytes()),
+            mapping: Arc::as_ptr(shared.layout.mapping()),
+            slots,
+            free: (0..chains.slots()).rev().collect(),
+            last: vec![NONE; layer.ios().0],
+            inflight: 0,
+            kick,
+            watch,
+            waker,
+            lost: false,
+            ring,
+            chains,
+            region,
+            shared,
+        })
+    }
+
+    /// The slot that this I/O had last, if it is free; else any. The layer submits no more than there are.
+    #[inline]
+    fn take_slot(&mut self, id: IoId) -> Option<u16> {
+        let last = self.last.get(id.slot()).copied().unwrap_or(NONE);
+        if let Some(slot) = self.slots.get(usize::from(last))
+            && slot.stage == Stage::Free
+        {
+            return Some(last);
+        }
+        loop {
+            let index = self.free.pop()?;
+            let slot = &mut self.slots[usize::from(index)];
+            slot.listed = false;
+            if slot.stage == Stage::Free {
+                if let Some(last) = self.last.get_mut(id.slot()) {
+                    *last = index;
+                }
+                return Some(index);
+            }
+        }
+    }
+
+    #[inline]
+    fn release(&mut self, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        slot.stage = Stage::Free;
+        if !slot.listed {
+            slot.listed = true;
+            self.free.push(index);
+        }
+        self.inflight -= 1;
+    }
+
+    /// Puts one I/O into a slot and the slot into the batch.
+    #[inline]
+    fn start(&mut self, layer: &mut Layer, id: IoId) {
+        let Some(index) = self.take_slot(id) else { return layer.complete(id, Status::INTERNAL_DEVICE_ERROR) };
+        let io = layer.io(id);
+        let sector = io.lba * self.shared.agreed.sectors;
+        let (kind, sector, shape, bounced) = match io.op {
+            Op::Read | Op::Write => {
+                let (shape, bounced) = self.place(index, io);
+                let kind = if io.op == Op::Read { RequestType::IN } else { RequestType::OUT };
+                (kind, sector, shape, bounced)
+            }
+            Op::Flush => (RequestType::FLUSH, 0, Shape::default(), false),
+            _ => self.range(index, io),
+        };
+        if bounced && io.op == Op::Write {
+            let at = self.bounce_of(index);
+            if copy_list(&io.list, &self.region, at, self.bounce_bytes, false).is_err() {
+                self.slots[usize::from(index)].stage = Stage::Last;
+                self.inflight += 1;
+                self.release(index);
+                return layer.complete(id, Status::DATA_TRANSFER_ERROR);
+            }
+        }
+        let durable = io.op == Op::Write && io.flags.contains(IoFlags::FUA) && self.shared.agreed.flush;
+        self.send(index, RequestHeader::new(kind, sector), &shape);
+        let slot = &mut self.slots[usize::from(index)];
+        slot.io = id;
+        slot.bounced = bounced;
+        slot.stage = if durable { Stage::FlushNext } else { Stage::Last };
+        self.inflight += 1;
+    }
+
+    /// Writes what changed of a slot, and adds it to the batch.
+    #[inline]
+    fn send(&mut self, index: u16, header: RequestHeader, shape: &Shape) {
+        let slot = &mut self.slots[usize::from(index)];
+        if slot.shape != *shape {
+            slot.shape = *shape;
+            slot.capacity = 1 + if shape.incoming { shape.bytes() } else { 0 };
+            self.chains.format(index, self.headers_at, shape);
+        }
+        self.chains.set_header(index, header);
+        self.ring.add(self.chains.head(index));
+    }
+
+    fn bounce_of(&self, index: u16) -> u64 {
+        self.bounce_at + u64::from(index) * self.bounce_bytes
+    }
+
+    /// Where an I/O's data is for the target: in place if it lies in the memfd in few pieces, else in the slot's bounce space.
+    #[inline]
+    fn place(&self, index: u16, io: &qpair_bdev::Io) -> (Shape, bool) {
+        let incoming = io.op == Op::Read;
+        let here = |entry: &qpair_memory::Sge| std::ptr::eq(Arc::as_ptr(entry.region.mapping()), self.mapping);
+        match &io.list[..] {
+            [one] if here(one) => (Shape { first: (one.offset, one.length), second: (0, 0), incoming }, false),
+            [one, two] if self.shared.agreed.pieces > 1 && one.length > 0 && two.length > 0 && here(one) && here(two) => {
+                (Shape { first: (one.offset, one.length), second: (two.offset, two.length), incoming }, false)
+            }
+            list => {
+                let bytes: u32 = list.iter().map(|entry| entry.length).sum();
+                (Shape { first: (self.bounce_of(index), bytes), second: (0, 0), incoming }, true)
+            }
+        }
+    }
+
+    /// A discard or write-zeroes: its one segment.
+    fn range(&mut self, index: u16, io: &qpair_bdev::Io) -> (RequestType, u64, Shape, bool) {
+        let sectors = self.shared.agreed.sectors;
+        let unmap = io.op == Op::WriteZeroes && !io.flags.contains(IoFlags::NO_UNMAP);
+        let flags = if unmap { SegmentFlags::UNMAP } else { SegmentFlags::empty() };
+        let segment = Segment::new(io.lba * sectors, (io.blocks * sectors) as u32, flags);
+        let at = self.chains.set_segment(index, segment);
+        let kind = if io.op == Op::Unmap { RequestType::DISCARD } else { RequestType::WRITE_ZEROES };
+        let shape = Shape { first: (at, size_of::<Segment>() as u32), second: (0, 0), incoming: false };
+        (kind, 0, shape, false)
+    }
+
+    /// Takes one used entry; an error is the target's violation.
+    #[inline]
+    fn finish(&mut self, layer: &mut Layer) -> Result<(), String> {
+        let (head, written) = self.ring.next_used();
+        let index = self.chains.slot(head).ok_or_else(|| format!("used id {head} is no request's"))?;
+        let slot = &self.slots[usize::from(index)];
+        if slot.stage == Stage::Free {
+            return Err(format!("used id {head} is not under way"));
+        }
+        if written > slot.capacity {
+            return Err(format!("used id {head} has {written} bytes of {} that could be written", slot.capacity));
+        }
+        let id = slot.io;
+        let mut status = self.outcome(index, written);
+        if slot.stage == Stage::FlushNext && !status.is_error() {
+            self.send(index, RequestHeader::new(RequestType::FLUSH, 0), &Shape::default());
+            self.slots[usize::from(index)].stage = Stage::Last;
+            return Ok(());
+        }
+        if slot.bounced && slot.shape.incoming && !status.is_error() {
+            let at = self.bounce_of(index);
+            if copy_list(&layer.io(id).list, &self.region, at, self.bounce_bytes, true).is_err() {
+                status = Status::DATA_TRANSFER_ERROR;
+            }
+        }
+        self.release(index);
+        layer.complete(id, status);
+        Ok(())
+    }
+
+    /// A length of zero says that not even the status was written, and a short one that data is missing.
+    #[inline]
+    fn outcome(&self, index: u16, written: u32) -> Status {
+        let slot = &self.slots[usize::from(index)];
+        if written == 0 {
+            return Status::DATA_TRANSFER_ERROR;
+        }
+        match BlkStatus(self.chains.status(index)) {
+            BlkStatus::OK if written < slot.capacity => Status::DATA_TRANSFER_ERROR,
+            BlkStatus::OK => Status::SUCCESS,
+            BlkStatus::UNSUPP => Status::INVALID_OPCODE,
+            _ => Status::INTERNAL_DEVICE_ERROR,
+        }
+    }
+
+    /// Ends all that is under way: the target is not to be believed, or does not answer.
+    #[cold]
+    fn give_up(&mut self, layer: &mut Layer, status: Status) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.stage != Stage::Free) {
+            slot.stage = Stage::Free;
+            layer.complete(slot.io, status);
+        }
+        self.lost = true;
+        self.inflight = 0;
+        // None of these slots goes out again: see `submit`.
+        self.free.clear();
+    }
+
+    #[inline]
+    fn ring_out(&mut self) {
+        if self.ring.publish() {
+            self.kick.notify();
+        }
+    }
+}
+
+impl Slot {
+    fn new() -> Self {
+        Self { stage: Stage::Free, bounced: false, listed: true, shape: Shape::default(), capacity: 1, io: IoId::default() }
+    }
+}
+
+impl Channel for VirtioChannel {
+    fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        if self.lost || self.shared.is_failed() {
+            batch.iter().for_each(|id| layer.complete(*id, Status::INTERNAL_DEVICE_ERROR));
+            return;
+        }
+        for id in batch {
+            self.start(layer, *id);
+        }
+    }
+
+    fn unplug(&mut self, _: &mut Layer, _: &mut Reactor) {
+        self.ring_out();
+        self.waker.wake();
+    }
+
+    fn poll(&mut self, layer: &mut Layer, _: &mut Reactor) -> usize {
+        if self.shared.is_failed() {
+            let count = usize::from(self.inflight);
+            self.give_up(layer, Status::INTERNAL_DEVICE_ERROR);
+            return count;
+        }
+        let count = self.ring.waiting();
+        if count == 0 || self.lost {
+            return 0;
+        }
+        let mut outcome = Ok(());
+        if count > self.inflight {
+            outcome = Err(format!("the used index says {count} requests are done, {} are under way", self.inflight));
+        }
+        for _ in 0..count {
+            if outcome.is_err() {
+                break;
+            }
+            outcome = self.finish(layer);
+        }
+        match outcome {
+            Ok(()) => {
+                self.ring.stay_silent();
+                self.ring_out();
+            }
+            Err(reason) => {
+                self.shared.fail(self.queue, &reason);
+                self.give_up(layer, Status::INTERNAL_DEVICE_ERROR);
+            }
+        }
+        usize::from(count)
+    }
+
+    fn arm(&mut self, _: &mut Reactor) -> bool {
+        self.lost || self.ring.listen()
+    }
+
+    fn disarm(&mut self, _: &mut Reactor) {
+        self.ring.silence();
+    }
+
+    /// A request cannot be called back. Only where the device is going, and its deadline has passed, all are given up: their memory stays
+    /// mapped as long as anybody holds it, so a target that wakes up late writes to nobody's.
+    fn abort(&mut self, layer: &mut Layer, _: &mut Reactor, _: IoId) {
+        if layer.is_closed(self.id) {
+            self.give_up(layer, Status::ABORT_REQUESTED);
+        }
+    }
+
+    fn close(&mut self, _: &mut Layer, reactor: &mut Reactor) {
+        reactor.unwatch(self.watch);
+        self.shared.return_queue(self.queue, self.ring.position(), self.lost);
+    }
+}
