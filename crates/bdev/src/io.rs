@@ -289,3 +289,11 @@ impl Slab {
         self.ios.len()
     }
 }
+
+#[cfg(test)]
+impl Slab {
+    /// The I/O of a slab of one.
+    pub(crate) fn into_only(mut self) -> Io {
+        self.ios.remove(0)
+    }
+}

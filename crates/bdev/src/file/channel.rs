@@ -14,8 +14,8 @@ use crate::{BdevError, Channel, ChannelId, Io, IoFlags, IoId, Layer, Op, Status,
 const BOUNCE_BYTES: u64 = 128 << 10;
 /// Bounce buffers of a channel; the I/Os that want more wait for one.
 const BOUNCES: u32 = 16;
-/// How often a request is tried that the kernel had no resources for.
-const ATTEMPTS: u8 = 8;
+/// How often a request is tried that the kernel had no resources for, or that moved nothing.
+const ATTEMPTS: u8 = 16;
 
 /// How far an I/O is. Beside the slab: one for each of its slots.
 #[derive(Clone, Copy, Default)]
@@ -163,12 +163,13 @@ impl FileChannel {
             bytes -= bytes % direct.length;
         }
         job.moved += bytes;
-        job.attempts = 0;
+        job.attempts = if bytes == 0 { job.attempts + 1 } else { 0 };
         if job.moved == io.blocks << self.shift {
             return Some(Status::SUCCESS);
         }
-        // Nothing moved: the file ends here, which it did not when its size was taken.
-        (bytes == 0).then_some(if io.op == Op::Read { Status::UNRECOVERED_READ_ERROR } else { Status::WRITE_FAULT })
+        // Nothing moves: the file ends here, which it did not when its size was taken. Once alone may be a signal's doing.
+        let fault = if io.op == Op::Read { Status::UNRECOVERED_READ_ERROR } else { Status::WRITE_FAULT };
+        (job.attempts > ATTEMPTS).then_some(fault)
     }
 
     /// Judges a result. None: another request is needed.

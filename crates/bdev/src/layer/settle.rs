@@ -33,11 +33,12 @@ impl Layer {
     pub fn settle(&mut self, reactor: &mut Reactor) {
         while !(self.attention.is_empty() && self.inner_ready.is_empty()) {
             while !(self.attention.is_empty() && self.inner_ready.is_empty()) {
+                // Children first: after an error nothing more of their parent is handed out.
+                while let Some(queue) = self.inner_ready.pop() {
+                    self.deliver_inside(reactor, queue);
+                }
                 if let Some(channel) = self.attention.pop() {
                     self.tend(reactor, channel);
-                }
-                if let Some(queue) = self.inner_ready.pop() {
-                    self.deliver_inside(reactor, queue);
                 }
             }
             // No front end ends the batches that were begun here.

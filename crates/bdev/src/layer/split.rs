@@ -213,3 +213,7 @@ pub(super) fn zeros() -> Result<Region, MemoryError> {
     };
     Ok(Region::new(mapping))
 }
+
+#[cfg(test)]
+#[path = "split_tests.rs"]
+mod tests;

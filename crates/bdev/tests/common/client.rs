@@ -257,7 +257,7 @@ impl Client {
         let legal = match status {
             Status::SUCCESS => pending.refusal.is_none(),
             Status::ABORT_REQUESTED => pending.aborted || removal || resets,
-            Status::UNRECOVERED_READ_ERROR => errors,
+            Status::UNRECOVERED_READ_ERROR | Status::WRITE_FAULT => errors,
             Status::INTERNAL_DEVICE_ERROR => panics,
             Status::INVALID_NAMESPACE => removal || panics,
             Status::LBA_OUT_OF_RANGE => resize,
