@@ -199,3 +199,6 @@ impl InflightQueue {
         self.used_idx.store(ring_used, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests;
