@@ -44,7 +44,7 @@ def boot(request: pytest.FixtureRequest, guest: Guest, tmp_path_factory: pytest.
     with ExitStack() as running:
         if request.param == "qpair":
             server = running.enter_context(QpairServer(folder))
-            server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512)
+            server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512, fallocate=True)
             socket = server.export_disk("vhost.0", "disk0")
         else:
             socket = running.enter_context(StorageDaemon(guest, folder, image)).socket
@@ -135,7 +135,7 @@ def read_only_disk(request: pytest.FixtureRequest, guest: Guest, tmp_path: Path)
     with ExitStack() as running:
         if request.param == "qpair":
             server = running.enter_context(QpairServer(tmp_path))
-            server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512)
+            server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512, fallocate=True)
             yield server.export_disk("vhost.ro", "disk0", readonly=True), image
         else:
             yield running.enter_context(StorageDaemon(guest, tmp_path, image, writable=False)).socket, image

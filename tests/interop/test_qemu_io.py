@@ -132,7 +132,7 @@ def read_only_disk(request: pytest.FixtureRequest, guest: Guest, tmp_path: Path)
             yield running.enter_context(StorageDaemon(guest, tmp_path, image, writable=False)).socket
             return
         server = running.enter_context(QpairServer(tmp_path))
-        server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512)
+        server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512, fallocate=True)
         yield server.export_disk("vhost.ro", "disk0", readonly=True)
 
 
