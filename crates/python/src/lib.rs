@@ -25,6 +25,7 @@ mod perf;
 mod pyring;
 mod values;
 mod vhost;
+mod virtio;
 
 use pyo3::prelude::*;
 
@@ -40,6 +41,8 @@ mod _engine {
     use super::pyring::PythonBdevRing;
     #[pymodule_export]
     use super::values::EngineError;
+    #[pymodule_export]
+    use super::virtio::VirtioMemory;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
