@@ -1,0 +1,185 @@
+//! Bytes become a ring, the memory around it and what happens to it; a real session serves it in the simulator.
+//!
+//! Shared by the fuzz targets (`fuzz/`) and by the test that replays what they found (`replay.rs`). Panics if the device panics,
+//! never comes to rest, or keeps an I/O, a channel, a poller or memory when the session is over.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+use qpair_bdev::malloc::Malloc;
+use qpair_bdev::null::Null;
+use qpair_bdev::{Device, Layer, Registry};
+use qpair_memory::{Mapping, Region};
+use qpair_reactor::event::Event;
+use qpair_reactor::sim::World;
+use qpair_vhost::{Addresses, Command, Inflight, MemoryRow, Source, Target};
+use qpair_wire::virtio::RingSize;
+
+const GUEST: u64 = 0x10_0000;
+const USER: u64 = 0x7000_0000;
+const MEMORY: usize = 64 << 10;
+/// I/Os of the reactor: few, so that a ring meets the end of them.
+const IOS: u32 = 24;
+const STEPS_MAX: usize = 24;
+
+struct Bytes<'a>(&'a [u8]);
+
+impl Bytes<'_> {
+    fn byte(&mut self) -> u8 {
+        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        *first
+    }
+
+    fn half(&mut self) -> u16 {
+        u16::from_le_bytes([self.byte(), self.byte()])
+    }
+}
+
+/// A ring of any content.
+pub fn ring(data: &[u8]) {
+    let mut bytes = Bytes(data);
+    Run::new(&mut bytes, None).play(bytes);
+}
+
+/// A ring whose predecessor left an inflight region of any content.
+pub fn inflight(data: &[u8]) {
+    let mut bytes = Bytes(data);
+    let length = usize::from(bytes.half()).min(bytes.0.len());
+    let (region, rest) = bytes.0.split_at(length);
+    let mut bytes = Bytes(rest);
+    Run::new(&mut bytes, Some(region)).play(bytes);
+}
+
+struct Run {
+    world: World,
+    target: Arc<Target>,
+    session: u64,
+    size: RingSize,
+    memory: Arc<Mapping>,
+    region: Region,
+    view: Weak<Mapping>,
+    kick: Event,
+    base: u16,
+}
+
+impl Run {
+    fn new(bytes: &mut Bytes<'_>, inflight: Option<&[u8]>) -> Self {
+        let (config, power, base) = (bytes.byte(), bytes.byte() % 9, bytes.half());
+        let mut world = World::new(u64::from(bytes.byte()), 1);
+        world.with(0, |reactor| Layer::install(reactor, IOS));
+        let registry = Registry::new(world.handles());
+        let block_size = if config & 1 == 0 { 512 } else { 4096 };
+        let device: Arc<dyn Device> = match config & 2 {
+            0 => Arc::new(Null::new("disk", block_size, 256, None, 512)),
+            _ => Arc::new(Malloc::new("disk", block_size, 256, None, 512, 0).expect("a disk")),
+        };
+        registry.register(device).expect("registered");
+        let target = Target::new(registry, |_| {});
+        target.create("vd", "disk", world.handles(), config & 4 != 0, 1).expect("created");
+        let session = target.open("vd").expect("opened");
+        let size = RingSize::new(1 << power).expect("a size");
+        let memory = Mapping::memfd("guest", MEMORY).expect("memory");
+        let mut run = Self { region: Region::new(memory.clone()), world, target, session, size, memory, view: Weak::new(), kick: Event::simulated(), base };
+        let features = 1 << 32 | if config & 8 != 0 { 1 << 29 } else { 0 } | if config & 16 != 0 { 1 << 28 } else { 0 };
+        run.say(Command::SetFeatures(features));
+        let index = base.to_le_bytes();
+        let layout = size.layout(0, 4).expect("a layout");
+        run.region.write(layout.avail + 2, &index).expect("inside");
+        run.region.write(layout.used + 2, &index).expect("inside");
+        if let Some(content) = inflight {
+            let (_, fd, length) = Inflight::create(1, size.get()).expect("a region");
+            let mapping = Mapping::shared(fd.as_fd(), length).expect("mapped");
+            Region::new(mapping).write(0, &content[..content.len().min(length as usize)]).expect("inside");
+            run.say(Command::SetInflight { fd, size: length, offset: 0, num_queues: 1, queue_size: size.get() });
+        }
+        run
+    }
+
+    /// Says it and lets the world run a little: the answer may be a refusal.
+    fn say(&mut self, command: Command) {
+        self.target.command(self.session, command, Box::new(|_| {}));
+        self.world.run(20);
+    }
+
+    fn show_memory(&mut self) {
+        let view = Mapping::shared(self.memory.fd().expect("a memfd"), MEMORY as u64).expect("mapped");
+        self.view = Arc::downgrade(&view);
+        let source = Source::Mapping(view);
+        self.say(Command::SetMemTable(vec![MemoryRow { guest_address: GUEST, length: MEMORY as u64, user_address: USER, offset: 0, source }]));
+    }
+
+    fn play(mut self, mut bytes: Bytes<'_>) {
+        let layout = self.size.layout(0, 4).expect("a layout");
+        let steps = usize::from(bytes.byte()) % STEPS_MAX;
+        let script: Vec<[u8; 4]> = (0..steps).map(|_| [bytes.byte(), bytes.byte(), bytes.byte(), bytes.byte()]).collect();
+        // Descriptors, then what they may point to. Addresses are near memory if the input's high bytes say nothing else.
+        let table = bytes.0.len().min(16 * usize::from(self.size.get()));
+        self.region.write(0, &bytes.0[..table]).expect("inside");
+        let rest = &bytes.0[table..];
+        let room = MEMORY - 32768;
+        self.region.write(32768, &rest[..rest.len().min(room)]).expect("inside");
+        for index in 0..self.size.get() {
+            let at = layout.avail + self.size.avail_entry_offset(index);
+            self.region.write(at, &(index % self.size.get()).to_le_bytes()).expect("inside");
+        }
+        self.show_memory();
+        self.say(Command::SetVringNum { queue: 0, size: u32::from(self.size.get()) });
+        let addresses = Addresses { desc: USER + layout.desc, avail: USER + layout.avail, used: USER + layout.used };
+        self.say(Command::SetVringAddr { queue: 0, addresses });
+        self.say(Command::SetVringBase { queue: 0, base: u32::from(self.base) });
+        self.start();
+        for [what, low, high, more] in script {
+            self.step(what, u16::from_le_bytes([low, high]), more, layout.avail);
+        }
+        self.end();
+    }
+
+    fn start(&mut self) {
+        let kick = self.kick.twin().ok();
+        self.say(Command::SetVringKick { queue: 0, kick });
+    }
+
+    fn step(&mut self, what: u8, value: u16, more: u8, avail: u64) {
+        match what % 8 {
+            0..=2 => {
+                // Most indices are a few entries ahead; some are anything.
+                let index = if more & 0xc0 == 0xc0 { value } else { self.base.wrapping_add(u16::from(more) % (self.size.get() + 1)) };
+                self.region.write(avail + 2, &index.to_le_bytes()).expect("inside");
+                self.kick.notify();
+            }
+            3 => self.region.write(u64::from(value), &[more]).expect("inside"),
+            4 => {
+                self.say(Command::GetVringBase { queue: 0 });
+                self.start();
+            }
+            5 => self.show_memory(),
+            6 => self.say(Command::SetVringEnable { queue: 0, enabled: more & 1 == 0 }),
+            _ => self.say(Command::SetVringAddr {
+                queue: 0,
+                addresses: Addresses { desc: USER + u64::from(value), avail: USER + u64::from(more) * 64, used: USER + 8192 },
+            }),
+        }
+        self.world.run(100);
+    }
+
+    fn end(mut self) {
+        let closed = Arc::new(AtomicUsize::new(0));
+        let count = closed.clone();
+        let reply = move |outcome: Result<_, _>| {
+            outcome.map(drop).expect("closing is never refused");
+            count.fetch_add(1, Ordering::Relaxed);
+        };
+        self.target.command(self.session, Command::Close, Box::new(reply));
+        self.world.settle();
+        assert_eq!(closed.load(Ordering::Relaxed), 1, "closed");
+        assert!(self.view.upgrade().is_none(), "guest memory is held");
+        self.world.with(0, |reactor| {
+            let (all, free) = Layer::of(reactor).borrow().ios();
+            assert_eq!((all, free), (IOS as usize, IOS as usize), "I/Os are missing");
+            assert!(reactor.stats().pollers.iter().all(|poller| !poller.name.starts_with("vhost")), "a poller is left");
+        });
+        self.world.finish();
+    }
+}
