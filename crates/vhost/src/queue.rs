@@ -90,13 +90,8 @@ impl Queue {
         let info = setup.descriptor.info().ok_or_else(|| VhostError::NoSuch(format!("bdev {}", setup.descriptor.name())))?;
         let channel = setup.descriptor.channel(reactor, &mut layer.borrow_mut())?;
         let poller = reactor.reserve_poller(format!("vhost_{}_{}", setup.name, setup.index));
-        let watch = setup.kick.as_ref().map(|kick| reactor.watch(kick, poller)).transpose();
-        let (Some(waker), Ok(watch)) = (reactor.waker(poller), &watch) else {
-            reactor.remove_poller(poller);
-            layer.borrow_mut().close_channel(reactor, channel);
-            return Err(VhostError::Os("watch the kick descriptor", watch.err().unwrap_or_else(|| std::io::ErrorKind::Other.into())));
-        };
-        let (watch, completions) = (*watch, layer.borrow_mut().add_queue(waker));
+        let waker = reactor.waker(poller).ok_or_else(|| VhostError::State("no poller".into()))?;
+        let completions = layer.borrow_mut().add_queue(waker);
         let size = ring.size();
         setup.stats.set_state(QueueState::Running);
         let queue = Rc::new(RefCell::new(Self {
@@ -109,7 +104,7 @@ impl Queue {
             channel,
             completions,
             poller,
-            watch,
+            watch: None,
             state: QueueState::Running,
             inflight: 0,
             batch: Vec::with_capacity(usize::from(CHUNK) * RANGES_MAX),
@@ -120,7 +115,38 @@ impl Queue {
             setup,
         }));
         reactor.install_poller(poller, Box::new(QueuePoller(queue.clone())));
-        Ok(queue)
+        let outcome = queue.borrow_mut().watch_kick(reactor);
+        outcome.map(|()| queue)
+    }
+
+    /// Listens for kicks. On failure nothing of the ring is left.
+    fn watch_kick(&mut self, reactor: &mut Reactor) -> Result<(), VhostError> {
+        let Some(kick) = &self.setup.kick else { return Ok(()) };
+        match reactor.watch(kick, self.poller) {
+            Ok(watch) => self.watch = Some(watch),
+            Err(error) => {
+                self.leave(reactor);
+                self.set_state(QueueState::Stopped);
+                return Err(VhostError::Os("watch the kick descriptor", error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the reactor and the layer back what the ring has of them.
+    fn leave(&mut self, reactor: &mut Reactor) {
+        if let Some(watch) = self.watch.take() {
+            reactor.unwatch(watch);
+        }
+        if let Some(timer) = self.abort_timer.take() {
+            reactor.cancel(timer);
+        }
+        {
+            let mut layer = self.layer.borrow_mut();
+            layer.remove_queue(self.completions);
+            layer.close_channel(reactor, self.channel);
+        }
+        reactor.remove_poller(self.poller);
     }
 
     /// Takes nothing new; `stopped` is called when all is answered and everything is let go of.
@@ -490,18 +516,7 @@ impl Queue {
             return false;
         }
         let Some(stopped) = self.stopped.take() else { return false };
-        if let Some(watch) = self.watch.take() {
-            reactor.unwatch(watch);
-        }
-        if let Some(timer) = self.abort_timer.take() {
-            reactor.cancel(timer);
-        }
-        {
-            let mut layer = self.layer.borrow_mut();
-            layer.remove_queue(self.completions);
-            layer.close_channel(reactor, self.channel);
-        }
-        reactor.remove_poller(self.poller);
+        self.leave(reactor);
         let base = self.ring.next_avail();
         if self.state != QueueState::Failed {
             self.set_state(QueueState::Stopped);

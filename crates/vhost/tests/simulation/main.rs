@@ -7,6 +7,7 @@
 #[path = "../guest/mod.rs"]
 mod guest;
 
+mod cases;
 mod device;
 mod guest_actor;
 
