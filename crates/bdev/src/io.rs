@@ -190,6 +190,12 @@ impl Io {
         &mut self.frames[usize::from(self.depth) - 1]
     }
 
+    /// Whether it is its submitter's to submit: a front end's own, or one that a channel has and passes down.
+    #[inline]
+    pub(crate) fn may_be_submitted(&self) -> bool {
+        self.state == State::Held || (self.state == State::Submitted && self.depth > 1)
+    }
+
     /// Leaves a frame: a finished I/O goes to `queue` with `tag`. Depth is checked when bdevs are stacked.
     #[inline]
     pub fn push(&mut self, queue: QueueId, tag: u64) {

@@ -14,11 +14,14 @@ use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
 use qpair_reactor::{Poller, Reactor};
 
+/// The I/Os a device has.
+type Has = Arc<Mutex<Vec<(IoId, Op, u64, u64)>>>;
+
 /// Keeps what it gets until the test ends it.
 struct Scripted {
     info: Info,
     /// Ids and what they were, oldest first.
-    has: Arc<Mutex<Vec<(IoId, Op, u64, u64)>>>,
+    has: Has,
     aborts: Arc<Mutex<Vec<IoId>>>,
 }
 
@@ -37,7 +40,7 @@ impl Device for Scripted {
 }
 
 struct ScriptedChannel {
-    has: Arc<Mutex<Vec<(IoId, Op, u64, u64)>>>,
+    has: Has,
     aborts: Arc<Mutex<Vec<IoId>>>,
 }
 
@@ -67,7 +70,7 @@ impl Poller for Sleeper {
 struct Bench {
     world: World,
     registry: Arc<Registry>,
-    has: Arc<Mutex<Vec<(IoId, Op, u64, u64)>>>,
+    has: Has,
     aborts: Arc<Mutex<Vec<IoId>>>,
     layer: Rc<RefCell<Layer>>,
     queue: QueueId,
@@ -476,4 +479,121 @@ fn statistics_are_of_all_channels_also_those_that_closed() {
         assert_eq!(stats.write_ios, u64::from(expected > 0), "a split write is one write");
         assert_eq!(stats.errors, u64::from(expected > 0));
     }
+}
+
+/// A bdev stacked on "disk": passes everything down, two blocks further.
+struct Stacked(Arc<Registry>);
+
+struct StackedChannel {
+    base: ChannelId,
+    queue: QueueId,
+}
+
+impl Device for Stacked {
+    fn info(&self) -> Info {
+        let mut info = Info::new("top", "stacked", 512, 900);
+        info.depth = 1;
+        info
+    }
+
+    fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
+        let base = self.0.open("disk", true, |_| {})?.channel(reactor, layer)?;
+        Ok(Box::new(StackedChannel { base, queue: layer.add_inner_queue(id) }))
+    }
+}
+
+impl Channel for StackedChannel {
+    fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
+        for id in batch {
+            let io = layer.io_mut(*id);
+            io.push(self.queue, 0);
+            io.lba += 2;
+        }
+        layer.submit(reactor, self.base, batch);
+    }
+
+    fn unplug(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
+        layer.unplug(reactor);
+    }
+
+    fn completed(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        for id in batch {
+            let frame = layer.retrieve(*id);
+            let io = layer.io_mut(*id);
+            io.lba = frame.lba;
+            let status = io.status;
+            layer.complete(*id, status);
+        }
+    }
+
+    fn close(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
+        layer.remove_queue(self.queue);
+        layer.close_channel(reactor, self.base);
+    }
+}
+
+/// Gives back what comes.
+struct Waiter {
+    queue: QueueId,
+    ended: Arc<Mutex<Vec<(u64, Status)>>>,
+}
+
+impl Poller for Waiter {
+    fn poll(&mut self, reactor: &mut Reactor) -> usize {
+        let layer = Layer::of(reactor);
+        let mut layer = layer.borrow_mut();
+        let mut reaped = Vec::new();
+        layer.reap(reactor, self.queue, &mut reaped);
+        for id in &reaped {
+            layer.retrieve(*id);
+            self.ended.lock().unwrap().push((layer.io(*id).lba, layer.io(*id).status));
+            layer.give_back(*id);
+        }
+        reaped.len()
+    }
+}
+
+#[test]
+fn a_stacked_bdev_passes_io_down_and_up_and_its_front_end_is_woken() {
+    let mut world = World::new(5, 1);
+    let registry = Registry::new(world.handles());
+    registry.register(Arc::new(Null::new("disk", 512, 1000, None, 0))).unwrap();
+    registry.register(Arc::new(Stacked(registry.clone()))).unwrap();
+    let ended: Arc<Mutex<Vec<(u64, Status)>>> = Arc::default();
+    let descriptor = registry.open("top", true, |_| {}).unwrap();
+    let heard = ended.clone();
+    let (queue, channel) = world.with(0, |reactor| {
+        let layer = Layer::of(reactor);
+        let mut layer = layer.borrow_mut();
+        let poller = reactor.reserve_poller("waiter");
+        let queue = layer.add_queue(reactor.waker(poller).unwrap());
+        reactor.install_poller(poller, Box::new(Waiter { queue, ended: heard }));
+        (queue, descriptor.channel(reactor, &mut layer).unwrap())
+    });
+    world.finish();
+    // All sleep. What is submitted now ends at once below; nobody but the layer is there to bring it up.
+    world.with(0, |reactor| {
+        let layer = Layer::of(reactor);
+        let mut layer = layer.borrow_mut();
+        let memory = Region::new(Mapping::anonymous(4096, Pages::Normal).unwrap());
+        for lba in [0, 7, 899] {
+            let id = layer.take().unwrap();
+            let io = layer.io_mut(id);
+            (io.op, io.lba, io.blocks) = (Op::Write, lba, 1);
+            io.list.push(Sge { region: memory.clone(), offset: 0, length: 512 });
+            io.push(queue, 0);
+            layer.submit(reactor, channel, &[id]);
+        }
+        layer.unplug(reactor);
+    });
+    world.finish();
+    assert_eq!(*ended.lock().unwrap(), [(0, Status::SUCCESS), (7, Status::SUCCESS), (899, Status::SUCCESS)]);
+    world.with(0, |reactor| Layer::of(reactor).borrow_mut().close_channel(reactor, channel));
+    let gone = Outcome::default();
+    lifecycle::unregister(&registry, "top", 0, reply(&gone));
+    lifecycle::unregister(&registry, "disk", 0, reply(&gone));
+    world.finish();
+    assert_eq!(outcomes(&gone), [Ok(()), Ok(())]);
+    let (all, free) = world.with(0, |reactor| Layer::of(reactor).borrow().ios());
+    assert_eq!(all, free);
 }

@@ -293,7 +293,7 @@ impl Layer {
         }
         for id in batch {
             let io = self.ios.get_mut(*id);
-            if io.state != State::Held || !check::is_plain(&slot.info, io) {
+            if !io.may_be_submitted() || !check::is_plain(&slot.info, io) {
                 return false;
             }
         }
@@ -311,8 +311,8 @@ impl Layer {
     fn submit_slowly(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
         // All are looked at before any is touched: a submitter with a bug loses nothing of what it did right.
         for id in batch {
-            let state = self.ios.get(*id).state;
-            assert!(state == State::Held, "I/O submitted in state {state:?}");
+            let io = self.ios.get(*id);
+            assert!(io.may_be_submitted(), "I/O submitted in state {:?}", io.state);
         }
         assert!(self.slot(channel).is_some_and(|slot| !slot.closing), "I/O submitted to a channel that was closed");
         let mut ready = std::mem::take(&mut self.scratch);
@@ -465,14 +465,17 @@ impl Layer {
         !self.queues[queue.0 as usize].entries.is_empty()
     }
 
-    /// Takes a reaped I/O back: its owner holds it again, to look at, pass up, or give back.
+    /// Takes a reaped I/O back: a front end holds it again, to look at or give back; a channel that had passed it down
+    /// completes it next, or passes it on anew.
     #[inline]
     pub fn retrieve(&mut self, id: IoId) -> Frame {
         let io = self.ios.get_mut(id);
         assert!(io.state == State::Done, "I/O retrieved in state {:?}", io.state);
-        io.state = State::Held;
         io.flags.remove(IoFlags::SPLIT);
-        io.pop()
+        let frame = io.pop();
+        // One that was passed down is, for whoever is above, still with the channel that passed it.
+        io.state = if io.depth == 0 { State::Held } else { State::Submitted };
+        frame
     }
 
     /// Asks for an early end of an I/O. One that waits here ends at once; one with its device ends when the device says.

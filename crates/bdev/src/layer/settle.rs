@@ -121,11 +121,9 @@ impl Layer {
     /// An I/O whose submitter is gone: it fails for whoever is above, or goes back to the slab.
     fn end_orphan(&mut self, id: IoId) {
         self.retrieve(id);
-        let io = self.ios.get_mut(id);
-        if io.depth == 0 {
+        if self.ios.get(id).depth == 0 {
             return self.ios.give_back(id);
         }
-        io.state = State::Submitted;
         self.complete(id, Status::INTERNAL_DEVICE_ERROR);
     }
 
