@@ -161,13 +161,17 @@ fn ping_pong(cores: usize) -> Option<f64> {
     if cores < 2 {
         return None;
     }
-    let other = std::thread::spawn(|| {
+    let (ready, wait) = std::sync::mpsc::channel();
+    let other = std::thread::spawn(move || {
         pin(1);
+        let _ = ready.send(());
         for trip in 0..TRIPS * ROUNDS as u64 {
             while BALL.0.load(Ordering::Acquire) != 2 * trip + 1 {}
             BALL.0.store(2 * trip + 2, Ordering::Release);
         }
     });
+    // Asleep until then: the other thread begins on this core.
+    let _ = wait.recv();
     let mut trips = 0..TRIPS * ROUNDS as u64;
     let mut times: Vec<f64> = (0..ROUNDS)
         .map(|_| {

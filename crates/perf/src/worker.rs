@@ -60,7 +60,8 @@ pub(crate) fn begin(reactor: &mut Reactor, plan: Plan, ticket: Ticket, signals: 
         Ok(lease) => lease,
         Err(error) => return ticket.hand_in(Err(error)),
     };
-    let ids = match take(&mut layer.borrow_mut(), &plan) {
+    let taken = take(&mut layer.borrow_mut(), &plan);
+    let ids = match taken {
         Ok(ids) => ids,
         Err(error) => {
             layer.borrow_mut().close_channel(reactor, channel);
