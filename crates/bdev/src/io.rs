@@ -125,7 +125,10 @@ pub(crate) enum State {
 }
 
 /// One request from front end to device and back: the only such object.
+///
+/// Laid out as written: what every read and write touches lies in the first three cache lines.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub struct Io {
     pub(crate) generation: u32,
     pub(crate) state: State,
@@ -136,8 +139,6 @@ pub struct Io {
     pub flags: IoFlags,
     /// How it ended.
     pub status: Status,
-    /// Blocks the layer has already handed out as children.
-    pub(crate) split_blocks: u64,
     /// Children under way.
     pub(crate) split_pending: u32,
     /// First block.
@@ -149,6 +150,8 @@ pub struct Io {
     /// Data.
     pub list: SgList,
     pub(crate) frames: [Frame; FRAMES_MAX],
+    /// Blocks the layer has already handed out as children.
+    pub(crate) split_blocks: u64,
     /// First block of a copy's source.
     pub source_lba: u64,
     /// Metadata.
@@ -253,6 +256,17 @@ impl Slab {
             io.metadata.clear();
         }
         self.free.push(id.index);
+    }
+
+    /// A reaped I/O of a front end back into the slab: the front end's tag, and how it ended.
+    #[inline]
+    pub(crate) fn finish(&mut self, id: IoId) -> (u64, Status) {
+        let io = self.get_mut(id);
+        assert!(io.state == State::Done && io.depth == 1, "I/O finished in state {:?} at depth {}", io.state, io.depth);
+        let outcome = (io.frames[0].tag, io.status);
+        io.state = State::Held;
+        self.give_back(id);
+        outcome
     }
 
     /// Panics on a stale name: whoever uses one has a bug, and its poller is poisoned for it.

@@ -50,12 +50,13 @@ impl Device for Malloc {
         self.info.clone()
     }
 
-    fn open(&self, _: &mut Reactor, _: &mut Layer, _: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
-        Ok(Box::new(MallocChannel { memory: Region::new(self.memory.clone()), shift: self.info.block_size.trailing_zeros() }))
+    fn open(&self, _: &mut Reactor, _: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
+        Ok(Box::new(MallocChannel { id, memory: Region::new(self.memory.clone()), shift: self.info.block_size.trailing_zeros() }))
     }
 }
 
 struct MallocChannel {
+    id: ChannelId,
     memory: Region,
     shift: u32,
 }
@@ -74,15 +75,18 @@ impl MallocChannel {
 
 impl Channel for MallocChannel {
     fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        let mut start = 0;
         for (position, id) in batch.iter().enumerate() {
             if let Some(next) = batch.get(position + AHEAD) {
                 self.memory.prefetch(layer.io(*next).lba << self.shift, LINES);
             }
-            let status = match self.perform(layer.io(*id)) {
-                Ok(()) => Status::SUCCESS,
-                Err(_) => Status::DATA_TRANSFER_ERROR,
-            };
-            layer.complete(*id, status);
+            if self.perform(layer.io(*id)).is_err() {
+                // A list that leaves its region: the front end's fault, and only this I/O's.
+                layer.complete_all(self.id, &batch[start..position], Status::SUCCESS);
+                layer.complete(*id, Status::DATA_TRANSFER_ERROR);
+                start = position + 1;
+            }
         }
+        layer.complete_all(self.id, &batch[start..], Status::SUCCESS);
     }
 }

@@ -27,8 +27,8 @@ impl Device for Null {
         self.info.clone()
     }
 
-    fn open(&self, _: &mut Reactor, _: &mut Layer, _: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
-        Ok(Box::new(NullChannel))
+    fn open(&self, _: &mut Reactor, _: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
+        Ok(Box::new(NullChannel(id)))
     }
 
     fn resize(&self, _: u64) -> Result<(), BdevError> {
@@ -36,12 +36,10 @@ impl Device for Null {
     }
 }
 
-struct NullChannel;
+struct NullChannel(ChannelId);
 
 impl Channel for NullChannel {
     fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
-        for id in batch {
-            layer.complete(*id, Status::SUCCESS);
-        }
+        layer.complete_all(self.0, batch, Status::SUCCESS);
     }
 }

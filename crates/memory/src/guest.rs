@@ -23,7 +23,8 @@ pub struct GuestRegion {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Place {
     row: u32,
-    offset: u64,
+    /// From the start of its region.
+    pub offset: u64,
 }
 
 /// A guest's memory as one reactor sees it. A new table is a new value: rings change over when they are quiet.
@@ -103,6 +104,18 @@ impl GuestMemory {
     pub fn find(&self, address: u64, length: u64) -> Result<(&Region, u64), MemoryError> {
         let row = self.row(address).filter(|row| length <= row.length - (address - row.guest_address));
         row.map(|row| (&row.region, row.offset + (address - row.guest_address))).ok_or(MemoryError::Unmapped { address, length })
+    }
+
+    /// As [`find`](Self::find), where the row hit last is the likely one and a miss is no error yet.
+    #[inline]
+    pub fn likely(&self, address: u64, length: u64) -> Option<(&Region, Place)> {
+        let index = self.last.get();
+        let row = self.rows.get(index)?;
+        let within = address.wrapping_sub(row.guest_address);
+        if within >= row.length || length > row.length - within {
+            return None;
+        }
+        Some((&row.region, Place { row: index as u32, offset: row.offset.wrapping_add(within) }))
     }
 
     /// As [`find`](Self::find), but names the row, so that the place can be kept without a hold: [`at`](Self::at).

@@ -27,6 +27,15 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy> Shared<T> {
         Ok(Self { base, count, region: region.clone(), marker: PhantomData })
     }
 
+    /// One value at `offset`, copied out once. None: it is not inside the region, or not aligned for `T`.
+    #[inline]
+    pub fn read(region: &Region, offset: u64) -> Option<T> {
+        let at = region.pointer(offset, size_of::<T>() as u64).ok()?.cast::<T>();
+        // SAFETY: inside the region (checked), aligned (checked), and any bit pattern is a `T` (FromBytes). Volatile: the
+        // other side may write at any time, so the value must be read once and not again.
+        at.is_aligned().then(|| unsafe { at.read_volatile() })
+    }
+
     /// How many values.
     #[inline]
     pub fn count(&self) -> usize {

@@ -16,7 +16,7 @@ use qpair_reactor::event::Event;
 use qpair_reactor::log::{self, Level};
 use qpair_reactor::{Poller, PollerId, Reactor, TimerId};
 use qpair_wire::nvme::Status;
-use qpair_wire::virtio_blk::{BlkStatus, ID_BYTES, RequestHeader, RequestType, SECTOR_BYTES, Segment};
+use qpair_wire::virtio_blk::{BlkStatus, ID_BYTES, RequestType, SECTOR_BYTES, Segment};
 use zerocopy::FromBytes;
 
 use crate::config::{RANGES_MAX, serial};
@@ -237,9 +237,8 @@ impl Queue {
         let used = self.ring.next_used();
         for position in 0..count {
             let id = self.done[position];
-            let head = layer.retrieve(id).tag as u16;
-            let status = layer.io(id).status;
-            layer.give_back(id);
+            let (tag, status) = layer.finish(id);
+            let head = tag as u16;
             let slot = &mut self.slots[usize::from(head)];
             slot.pending -= 1;
             if status.is_error() && slot.failed.is_none() {
@@ -363,6 +362,25 @@ impl Queue {
         }
         let Some(id) = layer.take() else { return Ok(false) };
         let io = layer.io_mut(id);
+        if let Some(request) = request::parse_usual(&self.ring, &self.memory, head, &mut io.list) {
+            if let Some(op) = usual(&request)
+                && self.fits_blocks(op, &request)
+            {
+                let bytes = request.readable + request.writable;
+                let sectors_shift = self.block_shift - SECTOR_BYTES.trailing_zeros();
+                (io.op, io.lba, io.blocks) = (op, request.header.sector.get() >> sectors_shift, bytes >> self.block_shift);
+                io.push(self.completions, u64::from(head));
+                let written = if op == Op::Read { bytes as u32 + 1 } else { 1 };
+                self.slots[usize::from(head)] = Slot { status: request.status, written, pending: 1, failed: None };
+                if mark && let Some(region) = &mut self.inflight_region {
+                    region.mark(head);
+                }
+                self.batch.push(id);
+                self.inflight += 1;
+                return Ok(true);
+            }
+            io.list.clear();
+        }
         let parsed = request::parse(&self.ring, &self.memory, head, self.setup.indirect, &mut io.list);
         let request = match parsed {
             Ok(request) => request,
@@ -392,14 +410,21 @@ impl Queue {
         }
     }
 
+    /// Whether a read or write is in whole blocks, and allowed.
+    #[inline]
+    fn fits_blocks(&self, op: Op, request: &Request) -> bool {
+        let bytes = request.readable + request.writable;
+        let within_block = (1u64 << self.block_shift) - 1;
+        let within_sectors = within_block >> SECTOR_BYTES.trailing_zeros();
+        bytes & within_block == 0 && request.header.sector.get() & within_sectors == 0 && (op == Op::Read || !self.setup.readonly)
+    }
+
     /// Fills in the I/O (and more of them, for several ranges) and puts it on the batch.
     #[inline]
     fn prepare(&mut self, layer: &mut Layer, id: IoId, head: u16, request: &Request) -> Result<(), Refused> {
         let bad = Refused::Answer(BlkStatus::IOERR);
         match request.header.kind() {
-            RequestType::IN if request.readable == 0 => self.transfer(layer, id, head, Op::Read, &request.header, request.writable),
-            RequestType::OUT if request.writable == 0 => self.transfer(layer, id, head, Op::Write, &request.header, request.readable),
-            RequestType::IN | RequestType::OUT => Err(bad),
+            RequestType::IN | RequestType::OUT => usual(request).map_or(Err(bad), |op| self.transfer(layer, id, head, op, request)),
             RequestType::FLUSH => {
                 let io = layer.io_mut(id);
                 (io.op, io.lba, io.blocks) = (Op::Flush, 0, 0);
@@ -422,17 +447,14 @@ impl Queue {
     }
 
     #[inline]
-    fn transfer(&mut self, layer: &mut Layer, id: IoId, head: u16, op: Op, header: &RequestHeader, bytes: u64) -> Result<(), Refused> {
-        let bad = Refused::Answer(BlkStatus::IOERR);
-        let mask = (1u64 << self.block_shift) - 1;
-        let sectors_shift = self.block_shift - SECTOR_BYTES.trailing_zeros();
-        let sector = header.sector.get();
-        let aligned = bytes & mask == 0 && sector & ((1 << sectors_shift) - 1) == 0;
-        if bytes == 0 || !aligned || (op == Op::Write && self.setup.readonly) {
-            return Err(bad);
+    fn transfer(&mut self, layer: &mut Layer, id: IoId, head: u16, op: Op, request: &Request) -> Result<(), Refused> {
+        let bytes = request.readable + request.writable;
+        if bytes == 0 || !self.fits_blocks(op, request) {
+            return Err(Refused::Answer(BlkStatus::IOERR));
         }
+        let sectors_shift = self.block_shift - SECTOR_BYTES.trailing_zeros();
         let io = layer.io_mut(id);
-        (io.op, io.lba, io.blocks) = (op, sector >> sectors_shift, bytes >> self.block_shift);
+        (io.op, io.lba, io.blocks) = (op, request.header.sector.get() >> sectors_shift, bytes >> self.block_shift);
         if op == Op::Read {
             // The used length covers the status byte too (2.7.8); a longer one cannot be told in 32 bits.
             self.slots[usize::from(head)].written = u32::try_from(bytes + 1).unwrap_or(u32::MAX);
@@ -525,6 +547,16 @@ impl Queue {
         // Told in the next turn: the holds on guest memory go with this queue, and that goes with its poller.
         reactor.after(0, move |reactor| stopped(reactor, base));
         true
+    }
+}
+
+/// The operation of a read or write whose data goes the right way.
+#[inline]
+fn usual(request: &Request) -> Option<Op> {
+    match request.header.kind() {
+        RequestType::IN if request.readable == 0 => Some(Op::Read),
+        RequestType::OUT if request.writable == 0 => Some(Op::Write),
+        _ => None,
     }
 }
 

@@ -4,7 +4,7 @@
 //! written is the status; how the rest is cut into buffers is the driver's choice, and nothing is assumed about it.
 //! The usual cut (a header alone, data, a status alone) takes the short way through.
 
-use qpair_memory::{GuestMemory, Place, SgList};
+use qpair_memory::{GuestMemory, Place, SgList, Sge, Shared};
 use qpair_wire::virtio::{Desc, DescFlags};
 use qpair_wire::virtio_blk::RequestHeader;
 use zerocopy::FromBytes;
@@ -25,6 +25,35 @@ pub struct Request {
     pub writable: u64,
     /// Bytes of data the device may read, without the header.
     pub readable: u64,
+}
+
+/// The usual request, by the short way: a header alone, data in one direction and in the likely region, a status alone. None:
+/// it is something else, or wrong; `data` is as it was, and [`parse`] finds out.
+#[inline]
+pub fn parse_usual(ring: &SplitRing, memory: &GuestMemory, head: u16, data: &mut SgList) -> Option<Request> {
+    const READ_MORE: u16 = DescFlags::NEXT.bits();
+    const WRITE_MORE: u16 = DescFlags::NEXT.bits() | DescFlags::WRITE.bits();
+    let first = ring.at(head)?;
+    if first.flags.get() != READ_MORE || first.len.get() != 16 {
+        return None;
+    }
+    let (region, place) = memory.likely(first.addr.get(), 16)?;
+    let header: [u64; 2] = Shared::<[u64; 2]>::read(region, place.offset)?;
+    let second = ring.at(first.next.get())?;
+    let length = second.len.get();
+    let (region, place) = memory.likely(second.addr.get(), u64::from(length))?;
+    let third = ring.at(second.next.get())?;
+    let (_, status) = memory.likely(third.addr.get(), 1)?;
+    if third.flags.get() != DescFlags::WRITE.bits() || third.len.get() != 1 || length == 0 {
+        return None;
+    }
+    let (readable, writable) = match second.flags.get() {
+        READ_MORE => (u64::from(length), 0),
+        WRITE_MORE => (0, u64::from(length)),
+        _ => return None,
+    };
+    data.push(Sge { region: region.clone(), offset: place.offset, length });
+    Some(Request { header: zerocopy::transmute!(header), status, writable, readable })
 }
 
 /// Where descriptors come from: the ring's table, or an indirect one.

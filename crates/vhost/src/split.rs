@@ -132,6 +132,12 @@ impl SplitRing {
         Ok(zerocopy::transmute!(self.desc.load(usize::from(index))))
     }
 
+    /// As [`descriptor`](Self::descriptor), for those who have another way when there is none.
+    #[inline]
+    pub(crate) fn at(&self, index: u16) -> Option<Desc> {
+        (index < self.size.get()).then(|| zerocopy::transmute!(self.desc.load(usize::from(index))))
+    }
+
     /// Brings a descriptor nearer.
     #[inline]
     pub fn prefetch(&self, index: u16) {

@@ -12,6 +12,7 @@
 //! device resumes, or when it closes; parents when their last child ends; those with a device by the device's
 //! contract, and when a module panics by [`Layer::poison`], which completes whatever it still had.
 
+mod batch;
 mod channels;
 mod check;
 mod settle;
@@ -282,29 +283,6 @@ impl Layer {
         } else {
             self.submit_slowly(reactor, channel, batch);
         }
-    }
-
-    /// The common case in one pass: the device takes I/O, has room, and every I/O fits as it is.
-    #[inline]
-    fn all_plain(&mut self, channel: ChannelId, batch: &[IoId]) -> bool {
-        let Some(slot) = self.slots.get_mut(channel.0 as usize).and_then(Option::as_mut) else { return false };
-        if slot.state != ChannelState::Open || !slot.waiting.is_empty() || slot.room() < batch.len() {
-            return false;
-        }
-        for id in batch {
-            let io = self.ios.get_mut(*id);
-            if !io.may_be_submitted() || !check::is_plain(&slot.info, io) {
-                return false;
-            }
-        }
-        for id in batch {
-            let io = self.ios.get_mut(*id);
-            io.state = State::Submitted;
-            let frame = io.frame_mut();
-            (frame.channel, frame.submitted_ns) = (channel, self.now_ns);
-        }
-        slot.inflight += batch.len() as u32;
-        true
     }
 
     #[cold]

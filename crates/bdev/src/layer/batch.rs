@@ -1,0 +1,87 @@
+//! The common case, whole batches in one pass: submitted as they are, completed alike, and given back.
+//!
+//! What is done here is exactly what `submit_slowly`, `complete` and `retrieve` do one I/O at a time, with the look-ups of channel, queue and
+//! waker made once. Whatever is not common goes there.
+
+use qpair_wire::nvme::Status;
+
+use super::{ChannelState, Layer, Owner, check};
+use crate::io::{Slab, State};
+use crate::{ChannelId, IoFlags, IoId};
+
+impl Layer {
+    /// True: the device takes I/O, has room, every I/O fits as it is, and all are booked in flight. False: nothing has changed.
+    #[inline]
+    pub(super) fn all_plain(&mut self, channel: ChannelId, batch: &[IoId]) -> bool {
+        let Some(slot) = self.slots.get_mut(channel.0 as usize).and_then(Option::as_mut) else { return false };
+        if slot.state != ChannelState::Open || !slot.waiting.is_empty() || slot.room() < batch.len() {
+            return false;
+        }
+        for (position, id) in batch.iter().enumerate() {
+            let io = self.ios.get_mut(*id);
+            if !io.may_be_submitted() || !check::is_plain(&slot.info, io) {
+                take_back(&mut self.ios, &batch[..position]);
+                return false;
+            }
+            io.state = State::Submitted;
+            let frame = io.frame_mut();
+            (frame.channel, frame.submitted_ns) = (channel, self.now_ns);
+        }
+        slot.inflight += batch.len() as u32;
+        true
+    }
+
+    /// Ends I/Os of one channel alike, as [`complete`](Self::complete) does one.
+    #[inline]
+    pub fn complete_all(&mut self, channel: ChannelId, batch: &[IoId], status: Status) {
+        let done = self.complete_run(channel, batch, status);
+        for id in &batch[done..] {
+            self.complete(*id, status);
+        }
+    }
+
+    /// Ends the I/Os at the batch's start that are plain and go to one front end; returns how many.
+    #[inline]
+    fn complete_run(&mut self, channel: ChannelId, batch: &[IoId], status: Status) -> usize {
+        let (Some(first), Some(Some(slot))) = (batch.first(), self.slots.get_mut(channel.0 as usize)) else { return 0 };
+        let queue = self.ios.get(*first).frame().queue;
+        let place = &mut self.queues[queue.0 as usize];
+        let Owner::FrontEnd(waker) = &place.owner else { return 0 };
+        if !slot.is_calm() {
+            return 0;
+        }
+        let (shift, failed) = (slot.info.block_size.trailing_zeros(), status.is_error());
+        let mut done = 0;
+        for id in batch {
+            let io = self.ios.get_mut(*id);
+            let frame = io.frame();
+            if frame.queue != queue || frame.channel != channel || io.flags.intersects(IoFlags::SPLIT | IoFlags::CHILD) {
+                break;
+            }
+            assert!(io.state == State::Submitted, "I/O completed in state {:?}", io.state);
+            let elapsed_ns = self.now_ns.saturating_sub(frame.submitted_ns);
+            (io.state, io.status) = (State::Done, status);
+            slot.stats.book(io.op, io.blocks << shift, elapsed_ns, failed);
+            place.entries.push(*id);
+            done += 1;
+        }
+        slot.inflight -= done as u32;
+        waker.wake();
+        done
+    }
+
+    /// Takes a reaped I/O back and returns it to the slab: its front end's tag, and how it ended.
+    #[inline]
+    pub fn finish(&mut self, id: IoId) -> (u64, Status) {
+        self.ios.finish(id)
+    }
+}
+
+/// As if they had not been looked at.
+#[cold]
+fn take_back(ios: &mut Slab, batch: &[IoId]) {
+    for id in batch {
+        let io = ios.get_mut(*id);
+        io.state = if io.depth == 1 { State::Held } else { State::Submitted };
+    }
+}

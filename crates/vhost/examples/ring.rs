@@ -1,0 +1,132 @@
+//! The target alone: one thread plays the guest and turns the reactor, so that what is counted is the ring's and the layer's work.
+//!
+//! `cargo run --release -p qpair-vhost --example ring -- [null|malloc] [depth] [requests]` prints one line of JSON. Under
+//! `valgrind --tool=callgrind`, the difference of two runs with different request counts gives instructions a request.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Instant;
+
+use qpair_bdev::{Device, Registry, malloc::Malloc, null::Null};
+use qpair_memory::{Mapping, Pages, Region, Shared, SharedIndex};
+use qpair_reactor::driver::{Choice, open};
+use qpair_reactor::{Clock, Config, Reactor, ReactorId, Turn};
+use qpair_vhost::{Addresses, Command, MemoryRow, Source, Target};
+use qpair_wire::virtio::{Desc, DescFlags, Features, RingLayout, RingSize};
+use qpair_wire::virtio_blk::{RequestHeader, RequestType};
+use std::sync::atomic::Ordering;
+use zerocopy::IntoBytes;
+
+const BLOCK: u64 = 4096;
+const BLOCKS: u64 = (512 << 20) / BLOCK;
+const QUEUE: u32 = 512;
+const HEADERS: u64 = 1 << 20;
+const STATUSES: u64 = 2 << 20;
+const DATA: u64 = 4 << 20;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let module = arguments.next().unwrap_or_else(|| "null".to_owned());
+    let depth: u16 = arguments.next().map_or(Ok(128), |text| text.parse())?;
+    let requests: u64 = arguments.next().map_or(Ok(1_000_000), |text| text.parse())?;
+    let device: Arc<dyn Device> = match module.as_str() {
+        "null" => Arc::new(Null::new("bench", 4096, BLOCKS, None, 0)),
+        "malloc" => Arc::new(Malloc::new("bench", 4096, BLOCKS, None, 0, 0)?),
+        other => return Err(format!("module {other}: null or malloc").into()),
+    };
+    let mut reactor = Reactor::new(ReactorId(0), Config { busy_poll: true, ..Config::default() }, Clock::Monotonic, open(Choice::Epoll)?);
+    let registry = Registry::new(vec![reactor.handle()]);
+    registry.register(device)?;
+    let mut guest = Guest::new()?;
+    guest.connect(&mut reactor, &registry)?;
+    guest.run(&mut reactor, depth, 1000);
+    let start = Instant::now();
+    guest.run(&mut reactor, depth, requests);
+    let each = start.elapsed().as_nanos() as f64 / requests as f64;
+    println!(r#"{{"module":"{module}","depth":{depth},"requests":{requests},"ns_per_request":{each:.1}}}"#);
+    Ok(())
+}
+
+/// The driver's side, as plain as can be: chains that never change, 128 or so of them, in order.
+struct Guest {
+    memory: Arc<Mapping>,
+    region: Region,
+    layout: RingLayout,
+    avail: SharedIndex,
+    ring: Shared<u16>,
+    used: SharedIndex,
+    next: u16,
+    random: u64,
+}
+
+impl Guest {
+    fn new() -> Result<Self, Box<dyn Error>> {
+        let memory = Mapping::anonymous(8 << 20, Pages::Normal)?;
+        let region = Region::new(memory.clone());
+        let size = RingSize::new(QUEUE).ok_or("queue size")?;
+        let layout = size.layout(0, 4096).ok_or("layout")?;
+        for index in 0..QUEUE as u16 / 4 {
+            let slot = u64::from(index);
+            let (header, data, status) = (HEADERS + 16 * slot, DATA + BLOCK * slot, STATUSES + slot);
+            let chain = [
+                Desc::new(header, 16, DescFlags::NEXT, 3 * index + 1),
+                Desc::new(data, BLOCK as u32, DescFlags::NEXT | DescFlags::WRITE, 3 * index + 2),
+                Desc::new(status, 1, DescFlags::WRITE, 0),
+            ];
+            region.write(layout.desc + size.desc_offset(3 * index), chain.as_bytes())?;
+        }
+        Ok(Self {
+            avail: SharedIndex::new(&region, layout.avail + 2)?,
+            ring: Shared::new(&region, layout.avail + 4, QUEUE as usize)?,
+            used: SharedIndex::new(&region, layout.used + 2)?,
+            memory,
+            region,
+            layout,
+            next: 0,
+            random: 0x9E37_79B9_7F4A_7C15,
+        })
+    }
+
+    fn connect(&mut self, reactor: &mut Reactor, registry: &Arc<Registry>) -> Result<(), Box<dyn Error>> {
+        let target = Target::new(registry.clone(), |failure| panic!("{}", failure.broken));
+        target.create("disk", "bench", vec![reactor.handle()], false, 1)?;
+        let session = target.open("disk")?;
+        let row = MemoryRow { guest_address: 0, length: 8 << 20, user_address: 0, offset: 0, source: Source::Mapping(self.memory.clone()) };
+        let addresses = Addresses { desc: self.layout.desc, avail: self.layout.avail, used: self.layout.used };
+        let commands = [
+            Command::SetFeatures((Features::VERSION_1 | Features::RING_EVENT_IDX).bits()),
+            Command::SetMemTable(vec![row]),
+            Command::SetVringNum { queue: 0, size: QUEUE },
+            Command::SetVringAddr { queue: 0, addresses },
+            Command::SetVringKick { queue: 0, kick: None },
+        ];
+        for command in commands {
+            target.command(session, command, Box::new(|outcome| drop(outcome.unwrap_or_else(|error| panic!("{error}")))));
+        }
+        for _ in 0..64 {
+            assert!(reactor.turn() != Turn::Stopped);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, reactor: &mut Reactor, depth: u16, requests: u64) {
+        let mut done = 0;
+        while done < requests {
+            for position in 0..depth {
+                self.random ^= self.random << 13;
+                self.random ^= self.random >> 7;
+                self.random ^= self.random << 17;
+                let header = RequestHeader::new(RequestType::IN, (self.random % BLOCKS) * (BLOCK / 512));
+                let written = self.region.write(HEADERS + 16 * u64::from(position), header.as_bytes());
+                written.unwrap_or_else(|error| panic!("{error}"));
+                self.ring.store(usize::from(self.next.wrapping_add(position)) % QUEUE as usize, 3 * position);
+            }
+            self.next = self.next.wrapping_add(depth);
+            self.avail.store(self.next, Ordering::Release);
+            while self.used.load(Ordering::Acquire) != self.next {
+                reactor.turn();
+            }
+            done += u64::from(depth);
+        }
+    }
+}
