@@ -11,8 +11,8 @@ use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
-const BYTES: usize = 2 << 20;
-const DATA: u64 = 1 << 20;
+const BYTES: usize = 256 << 10;
+const DATA: u64 = 128 << 10;
 const TABLE: u64 = DATA - 4096;
 /// The mock leaves too little room for the avail ring; the used ring is not what is looked at here.
 const USED: u64 = 0x8000;
