@@ -224,14 +224,14 @@ fn rings_are_refused_that_overlap_lie_askew_or_outside_memory() {
 }
 
 /// A device that polls, arms itself now and then, and a driver that kicks when asked. No request waits unnoticed, and a
-/// device that polls is never kicked.
+/// device that polls is never kicked, however long ago it last said so.
 #[test]
 fn event_indices_lose_no_kick_and_send_none_over_three_rounds_of_65536() {
     for (base, event_idx) in [(0, true), (65000, true), (0, false)] {
         let mut bench = Bench::new(64, event_idx, base);
         bench.ring.disarm();
         for round in 0..200_000u32 {
-            let armed = round % 9973 == 0;
+            let armed = round % 90_000 == 1000;
             if armed {
                 assert!(bench.ring.arm());
             }

@@ -167,22 +167,22 @@ fn seeds(name: &str, count: u64, scenario: &Scenario) {
 
 #[test]
 fn a_faithful_disk_answers_each_request_once_whatever_the_front_end_does() {
-    seeds("vhost", 1200, &FAITHFUL);
+    seeds("vhost", 800, &FAITHFUL);
 }
 
 #[test]
 fn a_disk_that_fails_and_stalls_answers_each_request_once() {
-    seeds("vhost-unruly", 900, &Scenario { manners: UNRULY, ..FAITHFUL });
+    seeds("vhost-unruly", 500, &Scenario { manners: UNRULY, ..FAITHFUL });
 }
 
 #[test]
 fn a_bdev_that_is_resized_and_removed_loses_no_request() {
-    seeds("vhost-removal", 900, &Scenario { remove: true, resize: true, ..FAITHFUL });
-    seeds("vhost-removal-unruly", 600, &Scenario { manners: UNRULY, remove: true, ..FAITHFUL });
+    seeds("vhost-removal", 500, &Scenario { remove: true, resize: true, ..FAITHFUL });
+    seeds("vhost-removal-unruly", 300, &Scenario { manners: UNRULY, remove: true, ..FAITHFUL });
 }
 
 #[test]
 fn a_successor_answers_what_a_killed_device_left_each_once() {
-    seeds("vhost-kill", 1200, &Scenario { kills: 3, ..FAITHFUL });
-    seeds("vhost-kill-unruly", 600, &Scenario { manners: UNRULY, kills: 3, ..FAITHFUL });
+    seeds("vhost-kill", 800, &Scenario { kills: 3, ..FAITHFUL });
+    seeds("vhost-kill-unruly", 400, &Scenario { manners: UNRULY, kills: 3, ..FAITHFUL });
 }
