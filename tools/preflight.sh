@@ -13,11 +13,11 @@ elif ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
 fi
 
 if ! command -v cargo >/dev/null; then
-  lacks "no cargo: install Rust 1.85 or newer by rustup"
+  lacks "no cargo: install Rust 1.89 or newer by rustup"
 else
   # "cargo 1.95.0 (...)": Debian 12's own is 1.63 and does not know this edition.
   minor=$(cargo --version | sed -n 's/^cargo 1\.\([0-9]*\)\..*/\1/p')
-  [ "${minor:-0}" -ge 85 ] || lacks "$(cargo --version) is older than 1.85: install a newer Rust by rustup"
+  [ "${minor:-0}" -ge 89 ] || lacks "$(cargo --version) is older than 1.89: install a newer Rust by rustup"
 fi
 command -v gcc >/dev/null || lacks "no gcc, which Rust links by (Debian: apt-get install gcc libc6-dev)"
 exit $missing
