@@ -1,6 +1,6 @@
 //! Notifications between parties: an eventfd, or its counterpart in the simulator.
 //!
-//! A vhost kick, a vhost call and a reactor's own bell are all this: `notify` never blocks, and a reactor that
+//! A vhost kick, a vhost call and a reactor's own bell are all this: `notify` never blocks, whatever a peer does to its eventfd, and a reactor that
 //! watches it is woken once or more for any number of notifications.
 
 use std::fs::File;
@@ -16,6 +16,8 @@ pub struct Event(Kind);
 #[derive(Debug)]
 enum Kind {
     Fd(File),
+    /// Shared with a peer, who can make a write to it wait.
+    Foreign(File),
     Simulated(Arc<Simulation>),
 }
 
@@ -35,17 +37,17 @@ impl Event {
             return Err(std::io::Error::last_os_error());
         }
         // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
-        Ok(Self::from_fd(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Self(Kind::Fd(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))))
     }
 
-    /// Somebody else's descriptor, meant to be an eventfd. It is made non-blocking: a peer must not stall a reactor.
+    /// Somebody else's eventfd. A peer must not stall a reactor: see `signal`.
     pub fn from_fd(fd: OwnedFd) -> Self {
         // SAFETY: plain fcntl calls on a descriptor we own; failure leaves it as it was.
         unsafe {
             let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
             libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK);
         }
-        Self(Kind::Fd(File::from(fd)))
+        Self(Kind::Foreign(File::from(fd)))
     }
 
     /// A simulated one; clones made by [`Event::twin`] share the count.
@@ -57,6 +59,7 @@ impl Event {
     pub fn twin(&self) -> std::io::Result<Self> {
         Ok(Self(match &self.0 {
             Kind::Fd(file) => Kind::Fd(file.try_clone()?),
+            Kind::Foreign(file) => Kind::Foreign(file.try_clone()?),
             Kind::Simulated(simulation) => Kind::Simulated(simulation.clone()),
         }))
     }
@@ -68,6 +71,7 @@ impl Event {
                 let mut writer: &File = file;
                 let _ = writer.write(&1u64.to_ne_bytes());
             }
+            Kind::Foreign(file) => crate::signal::signal(file.as_fd()),
             Kind::Simulated(simulation) => {
                 simulation.count.fetch_add(1, Ordering::SeqCst);
                 simulation.edges.fetch_add(1, Ordering::SeqCst);
@@ -75,10 +79,10 @@ impl Event {
         }
     }
 
-    /// Takes the count, 0 if there was none.
+    /// Takes the count, 0 if there was none. Not for a peer's eventfd on a reactor: whether this waits is up to the peer.
     pub fn take(&self) -> u64 {
         match &self.0 {
-            Kind::Fd(file) => {
+            Kind::Fd(file) | Kind::Foreign(file) => {
                 let mut bytes = [0u8; 8];
                 let mut reader: &File = file;
                 match reader.read(&mut bytes) {
@@ -93,7 +97,7 @@ impl Event {
     /// The descriptor, unless simulated.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.0 {
-            Kind::Fd(file) => Some(file.as_fd()),
+            Kind::Fd(file) | Kind::Foreign(file) => Some(file.as_fd()),
             Kind::Simulated(_) => None,
         }
     }
@@ -101,7 +105,7 @@ impl Event {
     /// How many notifications there ever were, unless real. For simulated drivers.
     pub fn edges(&self) -> Option<u64> {
         match &self.0 {
-            Kind::Fd(_) => None,
+            Kind::Fd(_) | Kind::Foreign(_) => None,
             Kind::Simulated(simulation) => Some(simulation.edges.load(Ordering::SeqCst)),
         }
     }

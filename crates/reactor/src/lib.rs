@@ -23,6 +23,7 @@ pub mod log;
 mod message;
 mod poller;
 mod reactor;
+mod signal;
 pub mod sim;
 pub mod thread;
 mod timer;
