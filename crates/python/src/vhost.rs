@@ -4,7 +4,7 @@
 //! are, and which controller it belongs to, is kept here for those who look.
 
 use std::collections::BTreeMap;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
@@ -117,8 +117,15 @@ pub fn duplicate(field: &str, fd: Number) -> Result<OwnedFd, Failure> {
     borrowed.try_clone_to_owned().map_err(|error| Failure::os(&format!("{field} {fd}"), &error))
 }
 
+/// A peer's eventfd. Anything else (a pipe, a file of a file system that never answers) could stall who notifies it.
 fn event(fd: Option<Number>) -> Result<Option<Event>, Failure> {
-    fd.map(|fd| duplicate("fd", fd).map(Event::from_fd)).transpose()
+    let Some(fd) = fd else { return Ok(None) };
+    let fd = duplicate("fd", fd)?;
+    let kind = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|error| Failure::os("kind of fd", &error))?;
+    if kind.as_os_str() != "anon_inode:[eventfd]" {
+        return Err(Failure::invalid("fd", kind.display(), "an eventfd"));
+    }
+    Ok(Some(Event::from_fd(fd)))
 }
 
 fn queue_index(queue: Number) -> Result<u16, Failure> {

@@ -524,7 +524,8 @@ impl Queue {
     pub(crate) fn fail(&mut self, broken: Broken) {
         // Zeros where memory was look like any broken rule.
         let broken = if self.vanished() { Broken::MemoryVanished } else { broken };
-        log::say(Level::Warning, "vhost", format_args!("{} queue {}: {broken}; the queue is stopped", self.setup.name, self.setup.index));
+        // Whoever listens to failures tells of it; a second line would only use up what may be said a second.
+        log::say(Level::Debug, "vhost", format_args!("{} queue {}: {broken}; the queue is stopped", self.setup.name, self.setup.index));
         self.set_state(QueueState::Failed);
         if let Some(err) = &self.setup.err {
             err.notify();

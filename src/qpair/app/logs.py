@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
-__all__ = ["FLAGS", "LEVELS", "get_level", "set_level", "setup"]
+__all__ = ["FLAGS", "LEVELS", "LineLimit", "get_level", "set_level", "setup"]
 
 NOTICE = 25
 LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING, "NOTICE": NOTICE, "INFO": logging.INFO, "DEBUG": logging.DEBUG}
@@ -42,3 +43,29 @@ def get_level(*, printed: bool = False) -> str:
     """The name of the present level."""
     number = (_handler.level if _handler is not None else NOTICE) if printed else _root.getEffectiveLevel()
     return max((name for name in LEVELS if LEVELS[name] <= number), key=LEVELS.__getitem__, default="DEBUG")
+
+
+class LineLimit:
+    """At most ``per_second`` lines about one peer, so that a hostile one cannot fill a disk or hide the others; what was dropped is counted and told."""
+
+    def __init__(self, per_second: int = 20) -> None:
+        self._per_second = per_second
+        self._since = 0.0
+        self._said = 0
+        self._dropped = 0
+
+    def log(self, logger: logging.Logger, level: int, message: str, *args: object) -> None:
+        """As ``logger.log``, unless there were too many. Lines that nobody would see are not counted."""
+        if not logger.isEnabledFor(level):
+            return
+        now = time.monotonic()
+        if now - self._since >= 1:
+            self._since, self._said = now, 0
+        self._said += 1
+        if self._said > self._per_second:
+            self._dropped += 1
+            return
+        if self._dropped:
+            message, args = message + " (%d lines before this one were dropped)", (*args, self._dropped)
+            self._dropped = 0
+        logger.log(level, message, *args)

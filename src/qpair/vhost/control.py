@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qpair.app.cores import parse_mask
+from qpair.app.logs import LineLimit
 from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, NoSuchController, NoSuchDevice, from_engine
 from qpair.vhost.listener import Listener
@@ -46,6 +47,7 @@ class ControllerServer:
         self.controller = controller
         self.session: Session | None = None
         self._bridge = bridge
+        self._lines = LineLimit()  # of all its sessions: a front end may come and go a thousand times a second
         self._listener = Listener(path)
         self._accepting: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
@@ -78,7 +80,7 @@ class ControllerServer:
     async def _accepted(self, connection: socket.socket) -> None:
         if self.in_use:
             connection.close()
-            logger.warning("vhost %s: a second front end was disconnected: the limit is one at a time", self.controller)
+            self._lines.log(logger, logging.WARNING, "vhost %s: a second front end was disconnected: the limit is one at a time", self.controller)
             return
         if self._running is not None:
             try:
@@ -89,7 +91,7 @@ class ControllerServer:
         # The codecs are only needed by a front end: a server without one answers its first RPC sooner.
         from qpair.vhost.session import Session
 
-        self.session = Session(self._bridge, self.controller, Channel(connection))
+        self.session = Session(self._bridge, self.controller, Channel(connection), lines=self._lines)
         self._running = asyncio.create_task(self.session.run(), name=f"vhost session {self.controller}")
 
 

@@ -7,7 +7,7 @@ its reply, answers, and only then reads the next. When the loop ends, for whatev
 go of all memory) and the socket after it, because a front end that sees the socket closed may give its memory to somebody else.
 
 Errors: none leave `run`. The end of a session is one line in the log: the peer left, the peer broke the protocol, the engine refused,
-the engine ended the session, or somebody stopped it.
+the engine ended the session, or somebody stopped it. A failed queue is one line too. ``lines`` limits them a second.
 
 Limits: closing waits ``close_deadline_ms`` for requests in flight, then they are aborted.
 """
@@ -18,6 +18,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from qpair.app.logs import LineLimit
 from qpair.errors import QpairError, from_engine
 from qpair.vhost.framing import ProtocolError
 from qpair.vhost.protocol import BackendProtocol, Command, Refused
@@ -38,7 +39,9 @@ logger = logging.getLogger("qpair.vhost")
 class Session:
     """One connection to controller ``controller``. ``channel`` becomes the session's."""
 
-    def __init__(self, bridge: Bridge, controller: str, channel: Channel, *, close_deadline_ms: int = 10_000) -> None:
+    def __init__(
+        self, bridge: Bridge, controller: str, channel: Channel, *, close_deadline_ms: int = 10_000, lines: LineLimit | None = None
+    ) -> None:
         self.controller = controller
         self.channel = channel
         self.id: int | None = None
@@ -46,6 +49,7 @@ class Session:
         """Why it ended; None while it lives."""
         self._bridge = bridge
         self._close_deadline_ms = close_deadline_ms
+        self._lines = LineLimit() if lines is None else lines
         self._serving: asyncio.Task[None] | None = None
         self._memory_fds: list[int] = []
         self._failed: str | None = None
@@ -89,7 +93,7 @@ class Session:
             raise from_engine(error) from error
         self.id = await self._bridge.call(opening, unclaimed=self._abandon)
         protocol = BackendProtocol(device_features=info["device_features"], num_queues=info["num_queues"])
-        logger.info("vhost %s: a front end connected (session %s)", self.controller, self.id)
+        self._lines.log(logger, logging.INFO, "vhost %s: a front end connected (session %s)", self.controller, self.id)
         while (received := await self.channel.receive()) is not None:
             with received:
                 command = protocol.handle(received.frame)
@@ -106,7 +110,7 @@ class Session:
             answer = protocol.refuse(command, error.errno)
             if answer is None:
                 raise
-            logger.warning("vhost %s: %s refused: %s", self.controller, command.name, error)
+            self._lines.log(logger, logging.WARNING, "vhost %s: %s refused: %s", self.controller, command.name, error)
         if answer is not None:
             try:
                 await self.channel.send(answer.data, answer.fds)
@@ -152,7 +156,7 @@ class Session:
         if event.session != self.id:
             return
         if event.kind == "queue_failed":
-            logger.warning("vhost %s: queue %s failed: %s", self.controller, event.queue, event.reason)
+            self._lines.log(logger, logging.WARNING, "vhost %s: queue %s failed: %s", self.controller, event.queue, event.reason)
         else:
             self._failed = event.reason
             if self._serving is not None:
@@ -176,7 +180,7 @@ class Session:
         else:
             self.reason = f"internal error: {error!r}"
             logger.error("vhost %s: internal error", self.controller, exc_info=error)
-        logger.log(level, "vhost %s: session %s ended: %s", self.controller, self.id, self.reason)
+        self._lines.log(logger, level, "vhost %s: session %s ended: %s", self.controller, self.id, self.reason)
 
 
 def _close_reply(value: tuple[int, int, int]) -> None:
