@@ -28,7 +28,11 @@ type Answers = Arc<Mutex<Vec<Result<Answer, VhostError>>>>;
 
 impl Bench {
     fn new() -> Self {
-        let mut world = World::new(7, 2);
+        Self::seeded(7)
+    }
+
+    fn seeded(seed: u64) -> Self {
+        let mut world = World::new(seed, 2);
         let disk = Mapping::anonymous((BLOCKS * 512) as usize, Pages::Normal).unwrap();
         let side = serve(&mut world, 2, Manners::default(), &disk);
         let session = side.target.open("vd").unwrap();
@@ -194,4 +198,31 @@ fn a_session_that_closes_with_a_full_slab_gives_all_back() {
         bench.ask();
     }
     bench.end();
+}
+
+#[test]
+fn a_ring_that_failed_writes_nothing_more() {
+    let mut seen = 0;
+    for seed in 0..20 {
+        let mut bench = Bench::seeded(seed);
+        bench.start().unwrap();
+        bench.world.run(2000);
+        let slots: Vec<_> = (0..3).map(|_| bench.driver.add(&Ask::new(RequestType::IN, 0, 512)).unwrap().1).collect();
+        let _ = bench.driver.publish();
+        bench.kick.notify();
+        let held = bench.side.device.held.clone();
+        bench.world.run_until("requests are with the disk", 5000, |_| held.load(Ordering::Relaxed) > 0);
+        bench.driver.publish_index(bench.driver.avail_idx.wrapping_add(100));
+        bench.kick.notify();
+        let target = bench.side.target.clone();
+        let state = move || target.info(Some("vd")).unwrap()[0].sessions[0].queues[0].state;
+        bench.world.run_until("it failed", 20_000, |_| state() == QueueState::Failed);
+        let look = |bench: &Bench| (bench.driver.used_index(), slots.iter().map(|slot| bench.driver.read(*slot, 513)[512]).collect::<Vec<_>>());
+        let before = look(&bench);
+        seen += held.load(Ordering::Relaxed);
+        bench.world.run(5000);
+        assert_eq!((look(&bench), held.load(Ordering::Relaxed)), (before, 0), "the disk is done, the ring silent");
+        bench.end();
+    }
+    assert!(seen > 0, "no request was in flight when its ring failed");
 }
