@@ -121,7 +121,7 @@ impl Info {
         if self.name.is_empty() || self.name.len() > 255 {
             return Err(BdevError::invalid("name", &self.name, "1 to 255 bytes"));
         }
-        if self.physical_block_size < self.block_size || self.physical_block_size % self.block_size != 0 {
+        if self.physical_block_size < self.block_size || !self.physical_block_size.is_multiple_of(self.block_size) {
             return Err(BdevError::invalid("physical_block_size", self.physical_block_size, "a multiple of block_size"));
         }
         let unit = self.write_unit_blocks;
@@ -130,7 +130,7 @@ impl Info {
             return Err(BdevError::invalid("write_unit_blocks", unit, format!("1 to {limit}")));
         }
         let boundary = if self.split_on_boundary { self.optimal_io_boundary } else { 0 };
-        if self.max_io_blocks % unit != 0 || boundary % unit != 0 {
+        if !self.max_io_blocks.is_multiple_of(unit) || boundary % unit != 0 {
             let value = format!("{unit} with max_io_blocks {} and boundary {boundary}", self.max_io_blocks);
             return Err(BdevError::invalid("write_unit_blocks", value, "a divisor of both"));
         }

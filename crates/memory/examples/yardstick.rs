@@ -69,7 +69,7 @@ fn places() -> Vec<u32> {
         x ^= x << 13;
         x ^= x >> 7;
         x ^= x << 17;
-        ((x >> 32) * (DISK / BLOCK) as u64 >> 32) as u32
+        (((x >> 32) * (DISK / BLOCK) as u64) >> 32) as u32
     };
     (0..COUNT).map(|_| draw()).collect()
 }

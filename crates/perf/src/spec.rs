@@ -210,7 +210,11 @@ fn check_plain(spec: &Spec, info: &Info) -> Result<(), BdevError> {
         return Err(BdevError::invalid("verify", format!("with {:?}", spec.pattern), "a pattern that reads or writes"));
     }
     if spec.writes() && info.readonly {
-        return Err(BdevError::invalid("pattern", format!("{:?}", spec.pattern), format!("one that only reads: {} is read-only", info.name)));
+        return Err(BdevError::invalid(
+            "pattern",
+            format!("{:?}", spec.pattern),
+            format!("one that only reads: {} is read-only", info.name),
+        ));
     }
     if op == Op::Unmap && !info.supported.has(Op::Unmap) {
         return Err(BdevError::Unsupported(format!("{} has no unmap", info.name)));

@@ -1,7 +1,7 @@
 //! Runs on real reactors, against the bdevs that need nothing.
 
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use qpair_bdev::{BdevError, Channel, ChannelId, Device, Info, IoId, Layer, Op, Registry, Status, lifecycle, malloc::Malloc, null::Null};
@@ -10,6 +10,8 @@ use qpair_perf::{Job, Pattern, Report, Spec, start};
 use qpair_reactor::driver::Choice;
 use qpair_reactor::thread::{ReactorThread, spawn};
 use qpair_reactor::{Config, Reactor, ReactorId};
+
+type Outcome = Receiver<Result<Report, BdevError>>;
 
 struct Stack {
     registry: Arc<Registry>,
@@ -25,7 +27,7 @@ impl Stack {
         Self { registry, _threads: threads }
     }
 
-    fn start(&self, spec: Spec) -> Result<(Arc<Job>, Receiver<Result<Report, BdevError>>), BdevError> {
+    fn start(&self, spec: Spec) -> Result<(Arc<Job>, Outcome), BdevError> {
         let (send, receive) = channel();
         let done = Box::new(move |outcome| send.send(outcome).unwrap());
         start(&self.registry, self.registry.reactors(), spec, done).map(|job| (job, receive))
@@ -113,7 +115,12 @@ fn flush_unmap_and_write_zeroes_carry_no_data() {
 fn what_is_written_verifies_on_malloc_in_every_pattern() {
     let stack = Stack::new(2, malloc(65536));
     for pattern in [Pattern::RandWrite, Pattern::Write, Pattern::RandRw, Pattern::Rw] {
-        let report = stack.run(Spec { verify: true, read_percent: if pattern == Pattern::RandWrite { 0 } else { 50 }, max_ios: 20_000, ..spec(pattern) });
+        let report = stack.run(Spec {
+            verify: true,
+            read_percent: if pattern == Pattern::RandWrite { 0 } else { 50 },
+            max_ios: 20_000,
+            ..spec(pattern)
+        });
         let report = report.unwrap();
         assert_eq!((report.errors, report.verify_errors, report.first_mismatch), (0, 0, None), "{pattern:?}");
     }
@@ -153,7 +160,6 @@ impl Device for Faulty {
     }
 
     fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
-
         Ok(Box::new(FaultyChannel(self.0.open(reactor, layer, id)?)))
     }
 }

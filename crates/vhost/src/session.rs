@@ -87,6 +87,9 @@ pub(crate) struct MappedRow {
     mapping: Arc<Mapping>,
 }
 
+/// Hears of a ring that its driver broke, on the ring's reactor.
+pub(crate) type OnBroken = Arc<dyn Fn(u16, Broken) + Send + Sync>;
+
 /// Everything a ring needs to start, to be sent to its reactor.
 pub(crate) struct Setup {
     pub(crate) name: String,
@@ -104,7 +107,7 @@ pub(crate) struct Setup {
     pub(crate) err: Option<Event>,
     pub(crate) inflight: Option<Inflight>,
     pub(crate) stats: Arc<QueueStats>,
-    pub(crate) failed: Arc<dyn Fn(u16, Broken) + Send + Sync>,
+    pub(crate) failed: OnBroken,
 }
 
 impl Setup {
@@ -151,20 +154,22 @@ pub(crate) struct Session {
     rings: Vec<Ring>,
     waiting: VecDeque<(Command, Reply)>,
     busy: bool,
-    failed: Arc<dyn Fn(u16, Broken) + Send + Sync>,
+    failed: OnBroken,
 }
 
 type Shared = Rc<RefCell<Session>>;
+/// By session and index.
+type Queues = HashMap<(u64, u16), Rc<RefCell<Queue>>>;
 
 /// The sessions at home on a reactor, and the rings running on it.
 #[derive(Default)]
 struct Here {
     sessions: RefCell<HashMap<u64, Shared>>,
-    queues: RefCell<HashMap<(u64, u16), Rc<RefCell<Queue>>>>,
+    queues: RefCell<Queues>,
 }
 
 /// Begins a session on this, its home reactor.
-pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, stats: Vec<Arc<QueueStats>>, failed: Arc<dyn Fn(u16, Broken) + Send + Sync>) {
+pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, stats: Vec<Arc<QueueStats>>, failed: OnBroken) {
     let ring = |stats| Ring {
         size: None,
         addresses: None,
@@ -294,11 +299,13 @@ fn start(reactor: &mut Reactor, session: &Shared, then: impl FnOnce(&mut Reactor
     }
 }
 
+type Continuation = Box<dyn FnOnce(&mut Reactor)>;
+
 /// Continuations hold things of the home reactor, so they stay there; what crosses threads is only their number.
 #[derive(Default)]
 struct Parked {
     next: u64,
-    waiting: HashMap<u64, Box<dyn FnOnce(&mut Reactor)>>,
+    waiting: HashMap<u64, Continuation>,
 }
 
 fn park(reactor: &mut Reactor, session: &Shared, then: impl FnOnce(&mut Reactor, &Shared) + 'static) -> impl FnOnce(&mut Reactor) + Send + 'static {

@@ -120,7 +120,11 @@ impl Shared {
         if self.failed.swap(true, Ordering::Relaxed) {
             return;
         }
-        log::say(Level::Error, "virtio", format_args!("{}: queue {queue}: {reason}; the device fails all I/O from now on", self.agreed.info.name));
+        log::say(
+            Level::Error,
+            "virtio",
+            format_args!("{}: queue {queue}: {reason}; the device fails all I/O from now on", self.agreed.info.name),
+        );
         for (handle, poller) in self.states().iter().filter_map(|state| state.holder.clone()) {
             handle.call(move |reactor| {
                 if let Some(waker) = reactor.waker(poller) {

@@ -3,7 +3,9 @@
 use std::sync::atomic::{Ordering, fence};
 
 use qpair_memory::{MemoryError, Region, Shared, SharedIndex};
-use qpair_wire::virtio::{AVAIL_FLAGS_OFFSET, AVAIL_IDX_OFFSET, AvailFlags, RingSize, USED_FLAGS_OFFSET, USED_IDX_OFFSET, UsedFlags, need_event};
+use qpair_wire::virtio::{
+    AVAIL_FLAGS_OFFSET, AVAIL_IDX_OFFSET, AvailFlags, RingSize, USED_FLAGS_OFFSET, USED_IDX_OFFSET, UsedFlags, need_event,
+};
 
 use crate::layout::QueueLayout;
 
@@ -40,7 +42,13 @@ pub(crate) struct Ring {
 
 impl Ring {
     /// Takes up the ring at `position`, without interrupts.
-    pub(crate) fn new(region: &Region, layout: &QueueLayout, size: RingSize, event_idx: bool, position: Position) -> Result<Self, MemoryError> {
+    pub(crate) fn new(
+        region: &Region,
+        layout: &QueueLayout,
+        size: RingSize,
+        event_idx: bool,
+        position: Position,
+    ) -> Result<Self, MemoryError> {
         let count = usize::from(size.get());
         let mut ring = Self {
             size,

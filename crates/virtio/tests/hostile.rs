@@ -76,7 +76,7 @@ fn a_read_without_its_data_or_status_is_an_error_of_that_read_alone() {
         let id = driver.read(0);
         let request = driver.target.requests().remove(0);
         driver.target.lie(0, u32::from(request.head), length, 1);
-            assert_eq!(driver.reap(), [(id, Status::DATA_TRANSFER_ERROR)]);
+        assert_eq!(driver.reap(), [(id, Status::DATA_TRANSFER_ERROR)]);
     }
 }
 

@@ -77,7 +77,12 @@ fn data_in_the_memfd_is_used_where_it_is() {
 #[test]
 fn flush_discard_and_write_zeroes_are_what_the_standard_says() {
     let mut driver = Driver::new(64, features());
-    driver.submit(&[(Op::Flush, 0, 0, NONE), (Op::Unmap, 100, 16, NONE), (Op::WriteZeroes, 200, 8, NONE), (Op::WriteZeroes, 300, 8, IoFlags::NO_UNMAP)]);
+    driver.submit(&[
+        (Op::Flush, 0, 0, NONE),
+        (Op::Unmap, 100, 16, NONE),
+        (Op::WriteZeroes, 200, 8, NONE),
+        (Op::WriteZeroes, 300, 8, IoFlags::NO_UNMAP),
+    ]);
     let requests = driver.target.requests();
     let kinds: Vec<u32> = requests.iter().map(|request| request.kind).collect();
     assert_eq!(kinds, [FLUSH, DISCARD, WRITE_ZEROES, WRITE_ZEROES]);
@@ -123,7 +128,9 @@ fn a_failed_durable_write_is_not_flushed() {
 #[test]
 fn the_targets_status_is_the_ios() {
     let mut driver = Driver::new(64, features());
-    for (status, expected) in [(0, Status::SUCCESS), (1, Status::INTERNAL_DEVICE_ERROR), (2, Status::INVALID_OPCODE), (99, Status::INTERNAL_DEVICE_ERROR)] {
+    for (status, expected) in
+        [(0, Status::SUCCESS), (1, Status::INTERNAL_DEVICE_ERROR), (2, Status::INVALID_OPCODE), (99, Status::INTERNAL_DEVICE_ERROR)]
+    {
         let id = driver.read(0);
         let request = driver.target.requests().remove(0);
         driver.target.answer(&request, status);

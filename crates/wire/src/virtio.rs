@@ -266,7 +266,7 @@ impl RingSize {
     /// or if the end would pass 2^64.
     #[must_use]
     pub const fn layout(self, base: u64, used_align: u64) -> Option<RingLayout> {
-        if base % DESC_ALIGN != 0 || used_align < USED_ALIGN || !used_align.is_power_of_two() {
+        if !base.is_multiple_of(DESC_ALIGN) || used_align < USED_ALIGN || !used_align.is_power_of_two() {
             return None;
         }
         let Some(avail) = base.checked_add(self.desc_bytes()) else {

@@ -90,7 +90,7 @@ impl FileChannel {
         let Some(direct) = self.shared.direct else { return false };
         let fits = |entry: &Sge| {
             let address = entry.region.pointer(entry.offset, u64::from(entry.length));
-            address.is_ok_and(|address| address as u64 % direct.memory == 0) && u64::from(entry.length) % direct.length == 0
+            address.is_ok_and(|address| (address as u64).is_multiple_of(direct.memory)) && u64::from(entry.length) % direct.length == 0
         };
         matches!(io.op, Op::Read | Op::Write) && !io.list.iter().all(fits)
     }

@@ -112,5 +112,5 @@ fn whole(info: &Info, io: &Io, times: u64) -> Route {
 
 fn in_units(info: &Info, io: &Io) -> bool {
     let unit = u64::from(info.write_unit_blocks);
-    io.lba % unit == 0 && io.blocks % unit == 0
+    io.lba.is_multiple_of(unit) && io.blocks.is_multiple_of(unit)
 }

@@ -74,7 +74,7 @@ proptest! {
                 prop_assert!(info.max_io_blocks == 0 || part <= u64::from(info.max_io_blocks));
                 prop_assert!(info.max_segments == 0 || list.len() <= info.max_segments as usize);
                 prop_assert!(list.iter().map(|entry| u64::from(entry.length)).sum::<u64>() == part * block);
-                prop_assert!(child_op == Op::Read || (at % unit == 0 && part % unit == 0));
+                prop_assert!(child_op == Op::Read || (at.is_multiple_of(unit) && part % unit == 0));
                 let boundary = u64::from(info.optimal_io_boundary);
                 prop_assert!(!info.split_on_boundary || boundary == 0 || at / boundary == (at + part - 1) / boundary);
             } else {

@@ -296,7 +296,7 @@ impl PythonBdev {
             return Err(BdevError::invalid("depth", depth, format!("1 to {DEPTH_MAX}")));
         }
         let limit = BYTES_MAX / u64::from(depth);
-        if max_io_bytes == 0 || max_io_bytes % block_size != 0 || u64::from(max_io_bytes).next_multiple_of(4096) > limit {
+        if max_io_bytes == 0 || !max_io_bytes.is_multiple_of(block_size) || u64::from(max_io_bytes).next_multiple_of(4096) > limit {
             return Err(BdevError::invalid(
                 "max_io_bytes",
                 max_io_bytes,

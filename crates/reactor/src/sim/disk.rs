@@ -159,7 +159,7 @@ impl SimFile {
             self.current[size as usize..].fill(0);
             self.durable[size as usize..].fill(0);
             self.versions.retain(|sector, _| (*sector as usize) < sectors);
-            if let Some(last) = (size as usize % SECTOR != 0).then(|| self.versions.get_mut(&(sectors as u64 - 1))).flatten() {
+            if let Some(last) = (!(size as usize).is_multiple_of(SECTOR)).then(|| self.versions.get_mut(&(sectors as u64 - 1))).flatten() {
                 last.iter_mut().for_each(|(_, content)| content[size as usize % SECTOR..].fill(0));
             }
         }
