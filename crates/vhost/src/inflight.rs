@@ -50,9 +50,14 @@ impl Inflight {
         check(num_queues, queue_size)?;
         let least = inflight_region_bytes(num_queues, queue_size);
         if size < least {
-            return Err(VhostError::invalid("inflight mmap_size", size, format!("at least {least} for {num_queues} queues of {queue_size}")));
+            return Err(VhostError::invalid(
+                "inflight mmap_size",
+                size,
+                format!("at least {least} for {num_queues} queues of {queue_size}"),
+            ));
         }
-        let end = offset.checked_add(size).ok_or_else(|| VhostError::invalid("inflight mmap_offset", offset, "offset + size below 2^64"))?;
+        let end =
+            offset.checked_add(size).ok_or_else(|| VhostError::invalid("inflight mmap_offset", offset, "offset + size below 2^64"))?;
         let mapping = Mapping::shared(fd.as_fd(), end)?;
         Ok(Self { mapping, offset, num_queues, queue_size })
     }

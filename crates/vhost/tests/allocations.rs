@@ -26,10 +26,14 @@ const DEPTH: usize = 128;
 fn command(target: &Arc<Target>, reactor: &mut Reactor, session: u64, command: Command) {
     let done = Arc::new(AtomicBool::new(false));
     let seen = done.clone();
-    target.command(session, command, Box::new(move |answer| {
-        answer.expect("accepted");
-        seen.store(true, Ordering::Relaxed);
-    }));
+    target.command(
+        session,
+        command,
+        Box::new(move |answer| {
+            answer.expect("accepted");
+            seen.store(true, Ordering::Relaxed);
+        }),
+    );
     while !done.load(Ordering::Relaxed) {
         reactor.turn();
     }
@@ -59,7 +63,8 @@ fn rounds(reactor: &mut Reactor, driver: &mut Driver, asks: &[Ask], count: u32) 
 
 /// Allocations while a warm ring answers many requests.
 fn measure(device: Arc<dyn Device>, inflight: bool) -> usize {
-    let mut reactor = Reactor::new(ReactorId(0), Config { spin_ns: 0, busy_poll: true }, Clock::Monotonic, driver::open(Choice::Epoll).unwrap());
+    let mut reactor =
+        Reactor::new(ReactorId(0), Config { spin_ns: 0, busy_poll: true }, Clock::Monotonic, driver::open(Choice::Epoll).unwrap());
     let registry = Registry::new(vec![reactor.handle()]);
     registry.register(device).unwrap();
     let target = Target::new(registry, |failure| panic!("{failure:?}"));
@@ -79,7 +84,8 @@ fn measure(device: Arc<dyn Device>, inflight: bool) -> usize {
     say(Command::SetVringNum { queue: 0, size: 1024 });
     say(Command::SetVringAddr { queue: 0, addresses: driver.addresses() });
     say(Command::SetVringKick { queue: 0, kick: None });
-    let mut asks = vec![Ask::new(RequestType::IN, 8, 4096), Ask::new(RequestType::OUT, 8, 4096).indirect(), Ask::new(RequestType::FLUSH, 0, 0)];
+    let mut asks =
+        vec![Ask::new(RequestType::IN, 8, 4096), Ask::new(RequestType::OUT, 8, 4096).indirect(), Ask::new(RequestType::FLUSH, 0, 0)];
     asks[0].write_cuts = vec![512, 1024, 1536, 4096];
     rounds(&mut reactor, &mut driver, &asks, 30);
     let (answered, allocated) = rounds(&mut reactor, &mut driver, &asks, 300);

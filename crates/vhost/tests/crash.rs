@@ -179,7 +179,16 @@ fn main() {
         file.set_len(MEMORY + inflight_region_bytes(1, ENTRIES)).unwrap();
         let (_, mapping) = open(&path);
         let mut driver = driver(&mapping, true);
-        let kinds = [RequestType::IN, RequestType::GET_ID, RequestType::OUT, RequestType(99), RequestType::IN, RequestType::FLUSH, RequestType::OUT, RequestType::IN];
+        let kinds = [
+            RequestType::IN,
+            RequestType::GET_ID,
+            RequestType::OUT,
+            RequestType(99),
+            RequestType::IN,
+            RequestType::FLUSH,
+            RequestType::OUT,
+            RequestType::IN,
+        ];
         let ask = |kind: &RequestType| Ask::new(*kind, 8, if *kind == RequestType::FLUSH { 0 } else { 512 }).indirect();
         let mut heads: Vec<_> = kinds.iter().map(|kind| driver.add(&ask(kind)).expect("room").0).collect();
         heads.sort_unstable();

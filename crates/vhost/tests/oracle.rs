@@ -25,8 +25,9 @@ type Buffer = (u64, u32, bool);
 
 fn buffers() -> impl Strategy<Value = Vec<Buffer>> {
     let buffer = || (DATA..BYTES as u64 - 8192, prop_oneof![1..20u32, 1..8000u32]);
-    (prop::collection::vec(buffer(), 0..7), prop::collection::vec(buffer(), 0..7))
-        .prop_map(|(reads, writes)| reads.into_iter().map(|(at, length)| (at, length, false)).chain(writes.into_iter().map(|(at, length)| (at, length, true))).collect())
+    (prop::collection::vec(buffer(), 0..7), prop::collection::vec(buffer(), 0..7)).prop_map(|(reads, writes)| {
+        reads.into_iter().map(|(at, length)| (at, length, false)).chain(writes.into_iter().map(|(at, length)| (at, length, true))).collect()
+    })
 }
 
 /// Single bytes, so that the cut does not matter; few enough to compare.

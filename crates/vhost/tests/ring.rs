@@ -116,7 +116,10 @@ fn a_buffer_outside_memory_is_refused_at_its_place_in_the_chain() {
         let status = [(at, 16, NONE), (at, 512, WRITE), (address, length, WRITE)];
         assert_eq!(bench.chain(&status).unwrap_err(), unmapped(2, address, length.into()));
     }
-    assert_eq!(bench.chain(&[(at, 16, NONE), (at, u32::MAX, WRITE)]).unwrap_err(), unmapped(1, at, u64::from(u32::MAX) - 1).with_length(u32::MAX));
+    assert_eq!(
+        bench.chain(&[(at, 16, NONE), (at, u32::MAX, WRITE)]).unwrap_err(),
+        unmapped(1, at, u64::from(u32::MAX) - 1).with_length(u32::MAX)
+    );
 }
 
 trait WithLength {
@@ -203,7 +206,13 @@ fn rings_are_refused_that_overlap_lie_askew_or_outside_memory() {
     let mapping = Mapping::anonymous(BYTES as usize, Pages::Normal).unwrap();
     let memory = table(&mapping);
     let ring = |size, desc, avail, used, event_idx| {
-        SplitRing::new(&memory, RingSize::new(size).unwrap(), Addresses { desc: USER + desc, avail: USER + avail, used: USER + used }, 0, event_idx)
+        SplitRing::new(
+            &memory,
+            RingSize::new(size).unwrap(),
+            Addresses { desc: USER + desc, avail: USER + avail, used: USER + used },
+            0,
+            event_idx,
+        )
     };
     let text = |outcome: Result<SplitRing, MemoryError>| outcome.unwrap_err().to_string();
     for size in (0..=15).map(|power| 1u32 << power) {
@@ -281,12 +290,14 @@ fn interrupts_come_once_for_what_the_driver_waits_for() {
 
 fn asks() -> impl Strategy<Value = Ask> {
     let cuts = || prop::collection::vec(0u32..5000, 0..5);
-    (0..3u8, any::<u64>(), 0..5000u32, cuts(), cuts(), prop::option::of(0..6usize)).prop_map(|(kind, sector, bytes, mut reads, mut writes, direct)| {
-        reads.sort_unstable();
-        writes.sort_unstable();
-        let kind = [RequestType::IN, RequestType::OUT, RequestType(0x77)][usize::from(kind)];
-        Ask { read_cuts: reads, write_cuts: writes, direct, ..Ask::new(kind, sector, bytes) }
-    })
+    (0..3u8, any::<u64>(), 0..5000u32, cuts(), cuts(), prop::option::of(0..6usize)).prop_map(
+        |(kind, sector, bytes, mut reads, mut writes, direct)| {
+            reads.sort_unstable();
+            writes.sort_unstable();
+            let kind = [RequestType::IN, RequestType::OUT, RequestType(0x77)][usize::from(kind)];
+            Ask { read_cuts: reads, write_cuts: writes, direct, ..Ask::new(kind, sector, bytes) }
+        },
+    )
 }
 
 proptest! {

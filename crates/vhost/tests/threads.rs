@@ -33,10 +33,13 @@ struct Stack {
 
 impl Stack {
     fn new(reactors: u32, choice: Choice) -> Self {
-        let threads: Vec<_> = (0..reactors).map(|id| spawn(ReactorId(id), Config { spin_ns: 20_000, busy_poll: false }, choice, false).unwrap()).collect();
+        let threads: Vec<_> =
+            (0..reactors).map(|id| spawn(ReactorId(id), Config { spin_ns: 20_000, busy_poll: false }, choice, false).unwrap()).collect();
         let registry = Registry::new(threads.iter().map(|thread| thread.handle().clone()).collect());
         for (name, block_size) in [("small", 512), ("large", 4096)] {
-            registry.register(Arc::new(Malloc::new(name, block_size, (4 << 20) / u64::from(block_size), None, block_size, 0).unwrap())).unwrap();
+            registry
+                .register(Arc::new(Malloc::new(name, block_size, (4 << 20) / u64::from(block_size), None, block_size, 0).unwrap()))
+                .unwrap();
         }
         let failures = Arc::new(Mutex::new(Vec::new()));
         let heard = failures.clone();
@@ -75,8 +78,15 @@ impl Machine {
             None => memory.fd().unwrap().try_clone_to_owned().unwrap(),
             Some(file) => file.try_clone().unwrap().into(),
         };
-        let rings = (0..queues as u64).map(|queue| (Driver::new(&memory, queue * each, size, SLOTS, event_idx, 0), Event::new().unwrap(), Event::new().unwrap()));
-        let machine = Self { target: stack.target.clone(), name: name.to_owned(), session: stack.target.open(name).unwrap(), queues: rings.collect(), _memory: memory };
+        let rings = (0..queues as u64)
+            .map(|queue| (Driver::new(&memory, queue * each, size, SLOTS, event_idx, 0), Event::new().unwrap(), Event::new().unwrap()));
+        let machine = Self {
+            target: stack.target.clone(),
+            name: name.to_owned(),
+            session: stack.target.open(name).unwrap(),
+            queues: rings.collect(),
+            _memory: memory,
+        };
         machine.say(Command::SetFeatures(FEATURES | if event_idx { EVENT_IDX } else { 0 })).unwrap();
         machine.say(Command::SetMemTable(vec![guest::row(Source::Fd(fd), bytes)])).unwrap();
         for (index, (driver, kick, call)) in machine.queues.iter().enumerate() {
@@ -219,7 +229,10 @@ fn each_kind_of_request_has_its_answer() {
     assert_eq!(machine.receive(4, 1024), [7; 1024]);
     assert_eq!(machine.ask(&Ask::new(RequestType::FLUSH, 0, 0)).status, OK);
     let ranges = |ranges: &[(u64, u32, u32)]| -> Vec<u8> {
-        ranges.iter().flat_map(|(sector, count, flags)| Segment::new(*sector, *count, SegmentFlags::from_bits_retain(*flags)).as_bytes().to_vec()).collect()
+        ranges
+            .iter()
+            .flat_map(|(sector, count, flags)| Segment::new(*sector, *count, SegmentFlags::from_bits_retain(*flags)).as_bytes().to_vec())
+            .collect()
     };
     assert_eq!(machine.send(RequestType::WRITE_ZEROES, 0, &ranges(&[(0, 1, 0), (2, 1, 1), (15, 1, 0)])), OK);
     let content = machine.receive(0, 8192);
@@ -246,7 +259,11 @@ fn each_kind_of_request_has_its_answer() {
     assert_eq!(machine.ask(&Ask::new(RequestType::IN, u64::MAX, 512)).status, IOERR);
     assert_eq!(machine.ask(&Ask::new(RequestType::IN, 0, 511)).status, IOERR, "half a sector");
     assert_eq!(machine.ask(&Ask { out: true, ..Ask::new(RequestType::IN, 0, 512) }).status, IOERR, "a read into nothing");
-    assert_eq!(machine.ask(&Ask { out: false, write_cuts: vec![512], ..Ask::new(RequestType::OUT, 0, 512) }).status, IOERR, "a write of nothing");
+    assert_eq!(
+        machine.ask(&Ask { out: false, write_cuts: vec![512], ..Ask::new(RequestType::OUT, 0, 512) }).status,
+        IOERR,
+        "a write of nothing"
+    );
     assert!(stack.failures.lock().unwrap().is_empty(), "none of this breaks a ring");
     machine.close();
 }

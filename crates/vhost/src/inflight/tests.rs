@@ -101,7 +101,10 @@ fn a_region_is_adopted_only_if_it_holds_what_it_says() {
     let text = |size, offset, queues, entries| Inflight::adopt(&fd, size, offset, queues, entries).err().map(|error| error.to_string());
     assert_eq!(text(8192, 0, 1, 64), None);
     let small = inflight_region_bytes(1, 64) - 1;
-    assert_eq!(text(small, 0, 1, 64), Some(format!("Invalid argument: inflight mmap_size {small}: at least {} for 1 queues of 64", small + 1)));
+    assert_eq!(
+        text(small, 0, 1, 64),
+        Some(format!("Invalid argument: inflight mmap_size {small}: at least {} for 1 queues of 64", small + 1))
+    );
     assert_eq!(text(8192, u64::MAX, 1, 64), Some(format!("Invalid argument: inflight mmap_offset {}: offset + size below 2^64", u64::MAX)));
     assert_eq!(text(1 << 32, 0, 1, 64), Some("range 0x0+0x100000000 leaves its region of 0x2000 bytes".to_owned()));
     assert_eq!(text(8192, 4096, 1, 64), Some("range 0x0+0x3000 leaves its region of 0x2000 bytes".to_owned()));

@@ -81,7 +81,17 @@ impl Run {
         let session = target.open("vd").expect("opened");
         let size = RingSize::new(1 << power).expect("a size");
         let memory = Mapping::memfd("guest", MEMORY).expect("memory");
-        let mut run = Self { region: Region::new(memory.clone()), world, target, session, size, memory, view: Weak::new(), kick: Event::simulated(), base };
+        let mut run = Self {
+            region: Region::new(memory.clone()),
+            world,
+            target,
+            session,
+            size,
+            memory,
+            view: Weak::new(),
+            kick: Event::simulated(),
+            base,
+        };
         let features = 1 << 32 | if config & 8 != 0 { 1 << 29 } else { 0 } | if config & 16 != 0 { 1 << 28 } else { 0 };
         run.say(Command::SetFeatures(features));
         let index = base.to_le_bytes();
@@ -107,7 +117,13 @@ impl Run {
         let view = Mapping::shared(self.memory.fd().expect("a memfd"), MEMORY as u64).expect("mapped");
         self.view = Arc::downgrade(&view);
         let source = Source::Mapping(view);
-        self.say(Command::SetMemTable(vec![MemoryRow { guest_address: GUEST, length: MEMORY as u64, user_address: USER, offset: 0, source }]));
+        self.say(Command::SetMemTable(vec![MemoryRow {
+            guest_address: GUEST,
+            length: MEMORY as u64,
+            user_address: USER,
+            offset: 0,
+            source,
+        }]));
     }
 
     fn play(mut self, mut bytes: Bytes<'_>) {

@@ -217,7 +217,8 @@ fn a_ring_that_failed_writes_nothing_more() {
         let target = bench.side.target.clone();
         let state = move || target.info(Some("vd")).unwrap()[0].sessions[0].queues[0].state;
         bench.world.run_until("it failed", 20_000, |_| state() == QueueState::Failed);
-        let look = |bench: &Bench| (bench.driver.used_index(), slots.iter().map(|slot| bench.driver.read(*slot, 513)[512]).collect::<Vec<_>>());
+        let look =
+            |bench: &Bench| (bench.driver.used_index(), slots.iter().map(|slot| bench.driver.read(*slot, 513)[512]).collect::<Vec<_>>());
         let before = look(&bench);
         seen += held.load(Ordering::Relaxed);
         bench.world.run(5000);

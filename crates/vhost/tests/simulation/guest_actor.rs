@@ -168,7 +168,11 @@ impl Guest {
 
     /// Whether a crash can be got over: without the region, what was in flight is lost.
     pub fn survives_crashes(&self) -> bool {
-        self.with_inflight && self.inflight.is_some() && self.pending.is_none() && self.plan.is_empty() && !self.queues.iter().any(|queue| queue.broken)
+        self.with_inflight
+            && self.inflight.is_some()
+            && self.pending.is_none()
+            && self.plan.is_empty()
+            && !self.queues.iter().any(|queue| queue.broken)
     }
 
     pub fn is_over(&self) -> bool {
@@ -176,7 +180,11 @@ impl Guest {
     }
 
     pub fn state(&self) -> String {
-        let open: Vec<_> = self.queues.iter().map(|queue| (queue.driver.outstanding(), queue.running, queue.driver.used_index(), queue.driver.avail_idx)).collect();
+        let open: Vec<_> = self
+            .queues
+            .iter()
+            .map(|queue| (queue.driver.outstanding(), queue.running, queue.driver.used_index(), queue.driver.avail_idx))
+            .collect();
         format!("left {}, pending {}, plan {}, queues {open:?}", self.left, self.pending.is_some(), self.plan.len())
     }
 
@@ -442,9 +450,13 @@ impl Guest {
         let outcome: Outcome = Arc::default();
         let (place, call) = (outcome.clone(), self.call.twin().unwrap());
         self.pending = Some((expect, outcome));
-        self.target.command(session, command, Box::new(move |answer| {
-            *place.lock().unwrap() = Some(answer);
-            call.notify();
-        }));
+        self.target.command(
+            session,
+            command,
+            Box::new(move |answer| {
+                *place.lock().unwrap() = Some(answer);
+                call.notify();
+            }),
+        );
     }
 }

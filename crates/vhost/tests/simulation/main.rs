@@ -54,7 +54,8 @@ fn check_end(world: &mut World, side: &Side) {
             let layer = Layer::of(reactor);
             let (all, free) = layer.borrow().ios();
             assert_eq!(free, all, "I/Os of reactor {number}");
-            let left: Vec<_> = reactor.stats().pollers.into_iter().map(|poller| poller.name).filter(|name| name.starts_with("vhost")).collect();
+            let left: Vec<_> =
+                reactor.stats().pollers.into_iter().map(|poller| poller.name).filter(|name| name.starts_with("vhost")).collect();
             assert!(left.is_empty(), "pollers of reactor {number}: {left:?}");
         });
     }
