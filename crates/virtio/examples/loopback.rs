@@ -24,8 +24,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let size: u32 = arguments.next().map_or(Ok(512), |text| text.parse())?;
     let duration_ms: u64 = arguments.next().map_or(Ok(1000), |text| text.parse())?;
 
-    let client = thread::spawn(ReactorId(0), Config::default(), Choice::Auto, true)?;
-    let server = thread::spawn(ReactorId(1), Config { busy_poll: true, ..Config::default() }, Choice::Auto, true)?;
+    // The target sends no interrupts, so neither side may fall asleep.
+    let polling = Config { busy_poll: true, ..Config::default() };
+    let client = thread::spawn(ReactorId(0), polling, Choice::Auto, true)?;
+    let server = thread::spawn(ReactorId(1), polling, Choice::Auto, true)?;
     let layout = VirtioLayout::new(1, size, 65536)?;
     let (mapping, addresses) = (layout.mapping().clone(), layout.queue_addresses(0).ok_or("no queue 0")?);
     let base = mapping.address() as u64;
