@@ -49,6 +49,9 @@ async def call(stack: Stack, name: str, params: Any = None, *, registry: Registr
         raise
     except OSError as error:
         raise from_engine(error) from error
+    except UnicodeEncodeError as error:
+        # JSON can name half of a character; no path, name or log line can.
+        raise InvalidParameters(f"a text holds {error.object[error.start]!r}, which is half of a character") from error
 
 
 async def answer(stack: Stack, item: Call | Refusal, *, registry: Registry = REGISTRY) -> bytes | None:

@@ -9,7 +9,7 @@ answered by one array of those whose requests had an id.
 Errors: -32700 not JSON; -32600 not a request, or an object that names a member twice; -32602 a parameter named twice (the message names it);
 the method's own errors by `qpair.errors.QpairError`: the code is JSON-RPC's or the negated errno, the message SPDK's text, and ``data`` one sentence.
 
-Limits: 1024 requests in a batch; integers of 4300 digits.
+Limits: 1024 requests in a batch; integers of 4300 digits; 1000 characters of an error's text.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qpair.errors import InvalidParameters, InvalidRequest, MethodNotFound, Qpai
 __all__ = ["BATCH_MAX", "Call", "Document", "Refusal", "decode", "encode_batch", "encode_error", "encode_result"]
 
 BATCH_MAX = 1024
+ERROR_TEXT_MAX = 1000
 _MEMBERS = frozenset(("jsonrpc", "method", "params", "id"))
 
 
@@ -165,10 +166,16 @@ def encode_result(identity: Any, result: Any) -> bytes:
 
 def encode_error(identity: Any, code: int, message: str, data: str | None = None) -> bytes:
     """The answer to one that failed, without newline."""
-    error: dict[str, Any] = {"code": code, "message": message}
+    error: dict[str, Any] = {"code": code, "message": _short(message)}
     if data is not None and data != message:
-        error["data"] = data
+        error["data"] = _short(data)
     return b'{"jsonrpc":"2.0","id":' + _json(identity) + b',"error":' + _json(error) + b"}"
+
+
+def _short(text: str) -> str:
+    """What a request put into an error's text need not come back whole."""
+    half = ERROR_TEXT_MAX // 2
+    return text if len(text) <= ERROR_TEXT_MAX else f"{text[:half]} ... {text[-half:]}"
 
 
 def encode_exception(identity: Any, error: QpairError) -> bytes:

@@ -80,7 +80,9 @@ class ControllerServer:
     async def _accepted(self, connection: socket.socket) -> None:
         if self.in_use:
             connection.close()
-            self._lines.log(logger, logging.WARNING, "vhost %s: a second front end was disconnected: the limit is one at a time", self.controller)
+            self._lines.log(
+                logger, logging.WARNING, "vhost %s: a second front end was disconnected: the limit is one at a time", self.controller
+            )
             return
         if self._running is not None:
             try:
@@ -181,8 +183,8 @@ class VhostSubsystem(Subsystem):
         if transport.lower() != TRANSPORT:
             raise InvalidArgument(f"transport {transport!r:.64} is unknown, the only one is {TRANSPORT!r}")
         key = self._key(name)
-        if not key or "\0" in key:
-            raise InvalidArgument(f"controller name {name!r:.64} is empty or holds a zero byte")
+        if not key or not key.isprintable():
+            raise InvalidArgument(f"controller name {name!r:.64} must be printable and not empty")
         lcores = self._reactors(cpumask, reactors)
         if key in self._controllers or key in self._busy_names:
             raise AlreadyExists(f"a vhost controller is already named {key!r:.256}")
