@@ -148,7 +148,7 @@ async def test_a_name_in_use_an_unknown_bdev_and_a_foreign_core_are_refused(reco
         await room.create("vhost.9", "disk0", cpumask="[700]")
     with pytest.raises(InvalidArgument, match=r"^transport 'vfio_user_blk' is unknown"):
         await room.create("vhost.9", "disk0", transport="vfio_user_blk")
-    with pytest.raises(InvalidArgument, match=r"^controller name '' is empty or holds a zero byte$"):
+    with pytest.raises(InvalidArgument, match=r"^controller name '' is empty or holds what cannot be printed$"):
         await room.create("", "disk0")
     assert [made.name for made in room.controllers()] == ["vhost.0"]
 

@@ -184,7 +184,7 @@ class VhostSubsystem(Subsystem):
             raise InvalidArgument(f"transport {transport!r:.64} is unknown, the only one is {TRANSPORT!r}")
         key = self._key(name)
         if not key or not key.isprintable():
-            raise InvalidArgument(f"controller name {name!r:.64} must be printable and not empty")
+            raise InvalidArgument(f"controller name {name!r:.64} is empty or holds what cannot be printed")
         lcores = self._reactors(cpumask, reactors)
         if key in self._controllers or key in self._busy_names:
             raise AlreadyExists(f"a vhost controller is already named {key!r:.256}")
