@@ -35,6 +35,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an array": (b"[]", "it must be an object with an array 'subsystems'"),
     "a comment that never ends": (b"/* " * 100_000, "not JSON"),
     "a string that never ends": (b'{"' + b"\\" * 1_000_001, "not JSON"),
+    "a string of quotes that never ends": (b'{"' + b'\\"' * 500_000 + b"\\", "not JSON"),
     "deep nesting": (b'{"subsystems": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deep"),
     "17 MiB": (b" " * (17 * MIB), "longer than 16777216 bytes"),
     "70000 entries": (whole(*[entry("bdev_wait_for_examine")] * 70_000), "more than 65536 entries"),

@@ -46,18 +46,27 @@ asyncio.run(main())
 """,
         "child: True\n7\n0 True\n",
     ),
-    "forked, and the child exits as Python does": (
+    "forked by another thread, and the child exits as Python does": (
         """
-async def main():
-    async with make() as stack:
-        await stack.malloc("d", "4MiB")
-        if (pid := os.fork()) == 0:
-            return "child"
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        await stack.malloc("e", "4MiB")
-asyncio.run(main())
+ready, stop = threading.Event(), threading.Event()
+def work():
+    async def main():
+        async with make() as stack:
+            await stack.malloc("d", "4MiB")
+            run = await stack.perf("d", seconds=2)
+            ready.set()
+            print((await run.result()).errors)
+    asyncio.run(main())
+thread = threading.Thread(target=work)
+thread.start()
+ready.wait()
+if (pid := os.fork()) == 0:
+    gc.collect()
+    sys.exit(3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+thread.join()
 """,
-        "0\n",
+        "3\n0\n",
     ),
     "forked, and the child starts a stack of its own": (
         """
@@ -83,12 +92,12 @@ asyncio.run(main())
         """
 warnings.simplefilter("ignore")
 async def main():
-    for _ in range(10):
+    for number in range(10):
         stack = make()
         await stack.start()
         await stack.malloc("d", "4MiB")
         await stack.perf("d", seconds=60)
-        await stack.export("d", "d")
+        await stack.export("d", f"d{number}")
         del stack
         gc.collect()
 asyncio.run(main())
@@ -182,8 +191,10 @@ async def main():
             await stack.export("d", "d")
             await disk.write(0, b"x" * 512)
         if number == 10:
+            gc.collect()
             before = look()
     await asyncio.sleep(0.3)
+    gc.collect()  # a stack and its parts refer to each other
     after = look()
     print(after[0] <= before[0] + 1, after[1] <= before[1] + 1)
 asyncio.run(main())

@@ -38,7 +38,8 @@ logger = logging.getLogger("qpair.app")
 FILE_BYTES_MAX = 16 << 20
 ENTRIES_MAX = 65536
 
-_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|/\*.*?\*/|//[^\n]*', re.DOTALL)
+# What is never closed reaches to the end of the file: else each of a million openings would be looked at to the end.
+_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*+\\?(?:"|\Z))|/\*.*?(?:\*/|\Z)|//[^\n]*', re.DOTALL)
 
 
 class Entry(msgspec.Struct, frozen=True):

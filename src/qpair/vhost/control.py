@@ -68,14 +68,14 @@ class ControllerServer:
         return self.connected and self.session is not None and not self.session.ending
 
     async def stop(self, reason: str) -> None:
-        """Accept no more, end the session, wait for its drain, remove the socket file."""
+        """Accept no more, remove the socket file, end the session, wait for its drain. In this order: who gives up waiting leaves no file."""
         if self._accepting is not None:
             self._accepting.cancel()
             await asyncio.wait([self._accepting])
+        self._listener.close()
         if self.session is not None and self._running is not None:
             self.session.stop(reason)
             await asyncio.wait([self._running])
-        self._listener.close()
 
     async def _accepted(self, connection: socket.socket) -> None:
         if self.in_use:
