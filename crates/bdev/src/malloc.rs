@@ -14,6 +14,8 @@ use crate::{BdevError, Channel, ChannelId, Device, Info, Io, IoId, Layer, Op, Op
 
 /// How many I/Os ahead the first lines of a block are fetched.
 const AHEAD: usize = 2;
+/// How many I/Os are copied before they are completed: so few that their data leave them in the cache.
+const TOGETHER: usize = 4;
 /// How many lines of 64 bytes are fetched ahead; the hardware follows from there.
 const LINES: u64 = 16;
 
@@ -73,11 +75,12 @@ impl MallocChannel {
     }
 }
 
-impl Channel for MallocChannel {
-    fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+impl MallocChannel {
+    /// Copies a few I/Os and completes them while they are still in the cache.
+    fn run(&self, layer: &mut Layer, batch: &[IoId], ahead: &[IoId]) {
         let mut start = 0;
         for (position, id) in batch.iter().enumerate() {
-            if let Some(next) = batch.get(position + AHEAD) {
+            if let Some(next) = batch[position..].get(AHEAD).or_else(|| ahead.get((position + AHEAD).saturating_sub(batch.len()))) {
                 self.memory.prefetch(layer.io(*next).lba << self.shift, LINES);
             }
             if self.perform(layer.io(*id)).is_err() {
@@ -88,5 +91,16 @@ impl Channel for MallocChannel {
             }
         }
         layer.complete_all(self.id, &batch[start..], Status::SUCCESS);
+    }
+}
+
+impl Channel for MallocChannel {
+    fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        let mut rest = batch;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(TOGETHER));
+            self.run(layer, now, later);
+            rest = later;
+        }
     }
 }
