@@ -6,6 +6,7 @@ Nothing of qpair's codecs is used, so a mistake of theirs does not hide here. Nu
 from __future__ import annotations
 
 import array
+import contextlib
 import mmap
 import os
 import select
@@ -68,6 +69,8 @@ class FrontEnd:
         os.ftruncate(self.fd, memory_bytes)
         self.memory_bytes = memory_bytes
         self.memory = mmap.mmap(self.fd, memory_bytes)
+        # Indices are written whole by this: struct.pack_into clears before it writes, which a device that polls can see.
+        self.words = memoryview(self.memory).cast("H")
         self.queues: list[Queue] = []
         self._fds = [self.fd]
 
@@ -164,10 +167,7 @@ class FrontEnd:
 
     def set_addresses(self, queue: Queue, desc: int | None = None, used: int | None = None, avail: int | None = None) -> int:
         """SET_VRING_ADDR; each may be given as a user address."""
-        at = [
-            USER_BASE + own if given is None else given
-            for own, given in ((queue.desc, desc), (queue.used, used), (queue.avail, avail))
-        ]
+        at = [USER_BASE + own if given is None else given for own, given in ((queue.desc, desc), (queue.used, used), (queue.avail, avail))]
         return self.order(SET_VRING_ADDR, struct.pack("<IIQQQQ", queue.index, 0, *at, 0))
 
     def start(self, queue: Queue) -> int:
@@ -200,17 +200,15 @@ class FrontEnd:
             slot = (queue.next_avail + position) % queue.size
             struct.pack_into("<H", self.memory, queue.avail + 4 + 2 * slot, head)
         queue.next_avail = (queue.next_avail + (len(heads) if ahead is None else ahead)) & 0xFFFF
-        struct.pack_into("<H", self.memory, queue.avail + 2, queue.next_avail)
+        self.words[queue.avail // 2 + 1] = queue.next_avail
         self.kick(queue)
 
     def kick(self, queue: Queue) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_write(queue.kick, 1)
-        except BlockingIOError:
-            pass
 
     def used_index(self, queue: Queue) -> int:
-        return int(struct.unpack_from("<H", self.memory, queue.used + 2)[0])
+        return self.words[queue.used // 2 + 1]
 
     def take_used(self, queue: Queue, timeout_s: float = 10) -> tuple[int, int]:
         """(head, bytes written) of the next used entry."""
@@ -257,6 +255,7 @@ class FrontEnd:
         for fd in fds:
             os.close(fd)
         if fds:
+            self.words.release()
             self.memory.close()
 
     def __enter__(self) -> Self:

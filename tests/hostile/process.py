@@ -149,7 +149,9 @@ class Perf:
 
     def __init__(self, target: str, *options: str) -> None:
         command = [PROGRAM, "perf", target, "--json", *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
 
     def result(self, timeout_s: float = 60) -> dict[str, Any]:
         """What it measured; its exit code is in ``returncode`` of the process."""

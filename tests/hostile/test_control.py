@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -56,7 +57,10 @@ RAW: dict[str, tuple[bytes, str]] = {
     "request 0": (header(0, 0), "header: request is 0, must be a known request"),
     "another version": (header(SET_OWNER, 0, flags=2), "SET_OWNER: version is 2, must be 1"),
     "a reply": (header(SET_OWNER, 0, flags=5), "SET_OWNER: flags is 0x5, must be those of a request, not of a reply"),
-    "a message of network cards": (header(19, 8) + bytes(8), r"header: request is SEND_RARP \(19\), must be one that a block device supports"),
+    "a message of network cards": (
+        header(19, 8) + bytes(8),
+        r"header: request is SEND_RARP \(19\), must be one that a block device supports",
+    ),
     "half a payload's size": (header(SET_FEATURES, 4) + bytes(4), "SET_FEATURES: payload size is 4, must be 8 bytes"),
     "twice a payload's size": (header(SET_FEATURES, 16) + bytes(16), "SET_FEATURES: payload size is 16, must be 8 bytes"),
     "a table without its regions": (
@@ -222,7 +226,7 @@ def _pipe(full: bool, reader: bool, folder: Path) -> int:
     ends = os.pipe()
     if full:
         os.set_blocking(ends[1], False)
-        with pytest.raises(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(ends[1], bytes(4096))
         os.set_blocking(ends[1], True)
@@ -358,9 +362,9 @@ def test_memory_that_is_none_is_refused_and_the_session_goes_on(world: World, wh
             assert refused != 0
             assert len(world.server.lines("SET_MEM_TABLE refused", start)) == 1
         else:  # it may grow yet; whoever touches it before that finds nothing
-            with pytest.raises(Gone):
+            with contextlib.suppress(Gone):  # before or after the answer to its last message
                 front_end.start(front_end.add_queue())
-                front_end.receive()
+            assert front_end.closed()
             return
         assert front_end.table() == 0
     world.fine()
@@ -520,7 +524,10 @@ def test_64_sessions_break_their_rules_at_once(world: World, many: list[Path]) -
             front_end.offer(front_end.queues[0], 0)
         for front_end in front_ends:
             assert front_end.failed(front_end.queues[0])
-        until(lambda: len(world.server.lines(r"many\d+: queue 0 failed: descriptor 0 of the chain at 0 has length 0", start)) == 64, "64 lines")
+        until(
+            lambda: len(world.server.lines(r"many\d+: queue 0 failed: descriptor 0 of the chain at 0 has length 0", start)) == 64,
+            "64 lines",
+        )
         world.fine()
     until(lambda: world.server.guest_mappings() == [], "their memory is let go of")
     until(lambda: len(world.server.fds()) <= before + 2, "their descriptors are closed")

@@ -142,7 +142,9 @@ def test_a_killed_client_is_forgotten_and_the_next_attaches_at_once(server: Serv
     for _ in range(5):
         perf = Perf(f"vhost:{path}", "--time", "30", "--depth", "32", "--pattern", "randwrite")
         until(lambda: any(session["inflight_task_cnt"] for session in server.rpc("vhost_get_controllers")[0]["sessions"]), "I/O in flight")
-        assert [line for line in Path(f"/proc/{server.pid}/maps").read_text().splitlines() if "memfd:" in line and "qpair-nothing" not in line]
+        assert [
+            line for line in Path(f"/proc/{server.pid}/maps").read_text().splitlines() if "memfd:" in line and "qpair-nothing" not in line
+        ]
         perf.process.kill()
         perf.process.communicate()
         begin = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -252,14 +253,23 @@ def test_an_interrupted_perf_ends_at_once_without_a_traceback(target: str, after
         assert process.returncode in (130, -signal.SIGINT, 1), (out, err)
 
 
+def _shown(terminal: int, seconds: float) -> bytes:
+    """What a terminal gets in that time."""
+    shown, end = b"", time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if select.select([terminal], [], [], left)[0]:
+            shown += os.read(terminal, 1 << 16)
+    return shown
+
+
 def test_an_interrupted_perf_leaves_the_terminal_as_it_was() -> None:
     leader, follower = pty.openpty()
     try:
         with subprocess.Popen([PROGRAM, "perf", "null:1GiB", "--time", "60"], stdin=follower, stdout=follower, stderr=follower) as process:
-            time.sleep(2.5)
+            shown = _shown(leader, 2.5)
             process.send_signal(signal.SIGINT)
+            shown += _shown(leader, 3)
             assert process.wait(20) == 130
-        shown = os.read(leader, 1 << 20)
         assert shown.rfind(b"\x1b[?25h") >= shown.rfind(b"\x1b[?25l"), "the cursor is hidden"
         assert b"Traceback" not in shown
     finally:

@@ -29,9 +29,9 @@ from qpair.vhost.model import TRANSPORT, Coalescing, VhostBlkController
 from qpair.vhost.transport import Channel
 
 if TYPE_CHECKING:
-    from qpair.vhost.session import Session
     from qpair.app.bridge import Bridge
     from qpair.app.stack import Stack
+    from qpair.vhost.session import Session
 
 __all__ = ["ControllerServer", "VhostSubsystem"]
 
