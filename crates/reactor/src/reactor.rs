@@ -20,6 +20,11 @@ use crate::{Clock, Inbox, Message};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReactorId(pub u32);
 
+/// Most looks at the active pollers in one turn.
+const PASSES: usize = 4;
+/// Things done in a turn up to which latency counts and batches do not.
+const LITTLE: usize = 4;
+
 /// How a reactor behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -139,6 +144,8 @@ pub struct Reactor {
     completions: Vec<Completion>,
     work: Vec<(u32, usize)>,
     last_work: usize,
+    /// Of the last turn that did anything.
+    recent_work: usize,
     counters: Counters,
     panicked: Option<String>,
 }
@@ -173,6 +180,7 @@ impl Reactor {
             completions: Vec::with_capacity(256),
             work: Vec::with_capacity(64),
             last_work: 0,
+            recent_work: 0,
             counters: Counters::default(),
             panicked: None,
         }
@@ -321,9 +329,12 @@ impl Reactor {
         self.account();
         let mut work = self.run_messages() + self.run_timers() + self.reap();
         self.activate_ready();
-        work += self.poll_active();
+        work += self.poll_passes();
         self.driver.unplug();
         self.last_work = work;
+        if work > 0 {
+            self.recent_work = work;
+        }
         if self.shared.stop.load(Ordering::Relaxed) {
             return Turn::Stopped;
         }
@@ -454,6 +465,23 @@ impl Reactor {
             *list = ready;
             list.clear();
         }
+    }
+
+    /// Where little is under way, polls again as long as nothing is found, and once more when something was: the rest of a turn costs more
+    /// than a look, and what one poller finishes another may go on with. Where much is, a turn's length is what batches are made of. In the
+    /// simulator once, so that others come between any two polls.
+    #[inline]
+    fn poll_passes(&mut self) -> usize {
+        if self.recent_work > LITTLE || !matches!(self.clock, Clock::Monotonic) {
+            return self.poll_active();
+        }
+        for _ in 1..PASSES {
+            let work = self.poll_active();
+            if work > 0 {
+                return work + self.poll_active();
+            }
+        }
+        self.poll_active()
     }
 
     #[inline]

@@ -25,6 +25,8 @@ pub struct Request {
     pub writable: u64,
     /// Bytes of data the device may read, without the header.
     pub readable: u64,
+    /// Where the header was, if it was in one piece: the driver's next one is likely there again.
+    pub header_at: Option<Place>,
 }
 
 /// The usual request, by the short way: a header alone, data in one direction and in the likely region, a status alone. None:
@@ -37,8 +39,8 @@ pub fn parse_usual(ring: &SplitRing, memory: &GuestMemory, head: u16, data: &mut
     if first.flags.get() != READ_MORE || first.len.get() != 16 {
         return None;
     }
-    let (region, place) = memory.likely(first.addr.get(), 16)?;
-    let header: [u64; 2] = Shared::<[u64; 2]>::read(region, place.offset)?;
+    let (region, header_at) = memory.likely(first.addr.get(), 16)?;
+    let header: [u64; 2] = Shared::<[u64; 2]>::read(region, header_at.offset)?;
     let second = ring.at(first.next.get())?;
     let length = second.len.get();
     let (region, place) = memory.likely(second.addr.get(), u64::from(length))?;
@@ -53,7 +55,7 @@ pub fn parse_usual(ring: &SplitRing, memory: &GuestMemory, head: u16, data: &mut
         _ => return None,
     };
     data.push(Sge { region: region.clone(), offset: place.offset, length });
-    Some(Request { header: zerocopy::transmute!(header), status, writable, readable })
+    Some(Request { header: zerocopy::transmute!(header), status, writable, readable, header_at: Some(header_at) })
 }
 
 /// Where descriptors come from: the ring's table, or an indirect one.
@@ -208,6 +210,6 @@ impl Chain {
         let end = address.checked_add(u64::from(length - 1)).ok_or(Broken::Unmapped { head, index, address, length: u64::from(length) })?;
         let status = memory.place(end, 1).map_err(unmapped)?;
         let header = RequestHeader::read_from_bytes(&self.header).unwrap_or_default();
-        Ok(Request { header, status, writable: self.writable, readable: self.readable })
+        Ok(Request { header, status, writable: self.writable, readable: self.readable, header_at: None })
     }
 }

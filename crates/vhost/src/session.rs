@@ -51,16 +51,48 @@ pub enum Command {
     SetFeatures(u64),
     SetProtocolFeatures(u64),
     SetMemTable(Vec<MemoryRow>),
-    SetVringNum { queue: u16, size: u32 },
-    SetVringAddr { queue: u16, addresses: Addresses },
-    SetVringBase { queue: u16, base: u32 },
-    GetVringBase { queue: u16 },
-    SetVringKick { queue: u16, kick: Option<Event> },
-    SetVringCall { queue: u16, call: Option<Event> },
-    SetVringErr { queue: u16, err: Option<Event> },
-    SetVringEnable { queue: u16, enabled: bool },
-    GetInflight { num_queues: u16, queue_size: u16 },
-    SetInflight { fd: OwnedFd, size: u64, offset: u64, num_queues: u16, queue_size: u16 },
+    SetVringNum {
+        queue: u16,
+        size: u32,
+    },
+    SetVringAddr {
+        queue: u16,
+        addresses: Addresses,
+    },
+    SetVringBase {
+        queue: u16,
+        base: u32,
+    },
+    GetVringBase {
+        queue: u16,
+    },
+    SetVringKick {
+        queue: u16,
+        kick: Option<Event>,
+    },
+    SetVringCall {
+        queue: u16,
+        call: Option<Event>,
+    },
+    SetVringErr {
+        queue: u16,
+        err: Option<Event>,
+    },
+    SetVringEnable {
+        queue: u16,
+        enabled: bool,
+    },
+    GetInflight {
+        num_queues: u16,
+        queue_size: u16,
+    },
+    SetInflight {
+        fd: OwnedFd,
+        size: u64,
+        offset: u64,
+        num_queues: u16,
+        queue_size: u16,
+    },
     ResetDevice,
     /// Ends the session: everything stopped, all memory gone.
     Close,
@@ -184,8 +216,7 @@ pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, 
         stats,
     };
     let rings = stats.into_iter().map(ring).collect();
-    let session =
-        Session { id, controller, features: 0, rows: None, inflight: None, rings, waiting: VecDeque::new(), busy: false, failed };
+    let session = Session { id, controller, features: 0, rows: None, inflight: None, rings, waiting: VecDeque::new(), busy: false, failed };
     reactor.local::<Here>().sessions.borrow_mut().insert(id, Rc::new(RefCell::new(session)));
 }
 
@@ -308,7 +339,11 @@ struct Parked {
     waiting: HashMap<u64, Continuation>,
 }
 
-fn park(reactor: &mut Reactor, session: &Shared, then: impl FnOnce(&mut Reactor, &Shared) + 'static) -> impl FnOnce(&mut Reactor) + Send + 'static {
+fn park(
+    reactor: &mut Reactor,
+    session: &Shared,
+    then: impl FnOnce(&mut Reactor, &Shared) + 'static,
+) -> impl FnOnce(&mut Reactor) + Send + 'static {
     let parked = reactor.local::<RefCell<Parked>>();
     let mut parked = parked.borrow_mut();
     parked.next += 1;
@@ -338,9 +373,10 @@ impl Session {
             | Command::SetVringKick { queue, .. }
             | Command::SetVringErr { queue, .. }
             | Command::SetVringEnable { queue, enabled: false } => [*queue].into_iter().filter(running).collect(),
-            Command::SetProtocolFeatures(_) | Command::SetVringCall { .. } | Command::SetVringEnable { .. } | Command::GetInflight { .. } => {
-                Vec::new()
-            }
+            Command::SetProtocolFeatures(_)
+            | Command::SetVringCall { .. }
+            | Command::SetVringEnable { .. }
+            | Command::GetInflight { .. } => Vec::new(),
         }
     }
 
@@ -407,12 +443,21 @@ impl Session {
         self.rows = None;
         let mut mapped = Vec::with_capacity(rows.len());
         for row in rows {
-            let end = row.offset.checked_add(row.length).ok_or_else(|| VhostError::invalid("mmap_offset", row.offset, "offset + size below 2^64"))?;
+            let end = row
+                .offset
+                .checked_add(row.length)
+                .ok_or_else(|| VhostError::invalid("mmap_offset", row.offset, "offset + size below 2^64"))?;
             let mapping = match row.source {
                 Source::Fd(fd) => Mapping::shared(fd.as_fd(), end)?,
                 Source::Mapping(mapping) => mapping,
             };
-            mapped.push(MappedRow { guest_address: row.guest_address, length: row.length, user_address: row.user_address, offset: row.offset, mapping });
+            mapped.push(MappedRow {
+                guest_address: row.guest_address,
+                length: row.length,
+                user_address: row.user_address,
+                offset: row.offset,
+                mapping,
+            });
         }
         GuestMemory::new(regions(&mapped))?;
         self.rows = Some(mapped);

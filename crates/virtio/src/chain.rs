@@ -139,6 +139,12 @@ impl Chains {
     pub(crate) fn status(&self, slot: u16) -> u8 {
         self.statuses.load(usize::from(slot))
     }
+
+    /// Brings a status byte nearer.
+    #[inline]
+    pub(crate) fn prefetch_status(&self, slot: u16) {
+        self.statuses.prefetch(usize::from(slot));
+    }
 }
 
 /// Indirect tables make every ring entry a request; a large ring does without, which spares the device a translation.

@@ -56,6 +56,8 @@ pub(crate) struct VirtioChannel {
     /// The slot each I/O of the reactor had last: there its descriptors stand as it needs them.
     last: Vec<u16>,
     inflight: u16,
+    /// The slot sent last.
+    newest: u16,
     kick: Event,
     watch: WatchId,
     waker: LocalWaker,
@@ -97,6 +99,7 @@ impl VirtioChannel {
             free: (0..chains.slots()).rev().collect(),
             last: vec![NONE; layer.ios().0],
             inflight: 0,
+            newest: 0,
             kick,
             watch,
             waker,
@@ -184,6 +187,7 @@ impl VirtioChannel {
             self.chains.format(index, self.headers_at, shape);
         }
         self.chains.set_header(index, header);
+        self.newest = index;
         self.ring.add(self.chains.head(index));
     }
 
@@ -316,6 +320,12 @@ impl Channel for VirtioChannel {
         }
         let count = self.ring.waiting();
         if count == 0 || self.lost {
+            // Where one request is under way, what will come is fetched: entry, status and index then travel at once. Where many are, a
+            // line would be taken from the device while it writes to it.
+            if self.inflight == 1 {
+                self.ring.prefetch_next();
+                self.chains.prefetch_status(self.newest);
+            }
             return 0;
         }
         let mut outcome = Ok(());
