@@ -25,9 +25,9 @@ from qpair.vhost.transport import close_all
 from qpair.virtio.model import VirtioController, VirtioModule
 
 if TYPE_CHECKING:
-    from qpair.virtio.client import Device, FrontEnd, Memory, Queue
     from qpair._engine import BdevEvent
     from qpair.app.stack import Stack
+    from qpair.virtio.client import Device, FrontEnd, Memory, Queue
 
 __all__ = ["VirtioSubsystem"]
 
