@@ -150,7 +150,8 @@ def asleep(report: Report) -> None:
         try:
             with servers.storage_daemon(Path(theirs), f"driver=null-co,size={DISK_BLOCKS * 4096}") as peer:
                 mine, other = medians(
-                    lambda: float(servers.load(f"vhost:{socket}", depth=1)["iops"]), lambda: float(servers.load(f"vhost:{peer}", depth=1)["iops"])
+                    lambda: float(servers.load(f"vhost:{socket}", depth=1)["iops"]),
+                    lambda: float(servers.load(f"vhost:{peer}", depth=1)["iops"]),
                 )
         except (OSError, RuntimeError) as error:
             return report.skip("asleep, depth 1, against qemu-storage-daemon", f"not here: {error}"[:60])
@@ -203,7 +204,20 @@ def system_calls(report: Report) -> None:
     with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)) as server:
         socket = servers.export(Path(name), "null", "bdev_null_create", num_blocks=DISK_BLOCKS, block_size=4096)
         client = subprocess.Popen(
-            [sys.executable, "-m", "qpair.cli", "perf", f"vhost:{socket}", "--time", "5", "--depth", "128", "--cores", str(servers.cores()[1]), "--json"],
+            [
+                sys.executable,
+                "-m",
+                "qpair.cli",
+                "perf",
+                f"vhost:{socket}",
+                "--time",
+                "5",
+                "--depth",
+                "128",
+                "--cores",
+                str(servers.cores()[1]),
+                "--json",
+            ],
             stdout=subprocess.PIPE,
         )
         time.sleep(2)
@@ -229,7 +243,9 @@ FIGURES: dict[str, Callable[[Report], None]] = {
 
 
 def machine() -> str:
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?"
+    )
     return f"{model}, {len(servers.cores())} cores used of {platform.machine()}, Linux {platform.release()}, {time.strftime('%Y-%m-%d')}"
 
 

@@ -110,17 +110,35 @@ def storage_daemon(folder: Path, node: str) -> Iterator[Path]:
 
     guest = Guest(GuestPaths.default())
     socket = folder / "daemon.sock"
-    export = f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},num-queues=1,writable=on,logical-block-size=512"
+    export = (
+        f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},num-queues=1,writable=on,logical-block-size=512"
+    )
     words = ["--blockdev", f"{node},node-name=disk", "--export", export]
     command = ["taskset", "-c", str(cores()[0]), *guest.qemu_command("qemu-storage-daemon"), *words]
     with _running(command, folder, socket, guest.environment):
         yield socket
 
 
-def load(target: str, *, seconds: float = 1.0, depth: int, pattern: str = "randread", size: str = "4KiB", core: int | None = None) -> dict[str, Any]:
+def load(
+    target: str, *, seconds: float = 1.0, depth: int, pattern: str = "randread", size: str = "4KiB", core: int | None = None
+) -> dict[str, Any]:
     """``qpair perf TARGET --json`` on the client's core (or another)."""
     chosen = cores()[1] if core is None else core
-    words = ["perf", target, "--pattern", pattern, "--size", size, "--depth", str(depth), "--time", str(seconds), "--cores", str(chosen), "--json"]
+    words = [
+        "perf",
+        target,
+        "--pattern",
+        pattern,
+        "--size",
+        size,
+        "--depth",
+        str(depth),
+        "--time",
+        str(seconds),
+        "--cores",
+        str(chosen),
+        "--json",
+    ]
     done = subprocess.run([sys.executable, "-m", "qpair.cli", *words], stdout=subprocess.PIPE, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result

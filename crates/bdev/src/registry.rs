@@ -121,7 +121,12 @@ impl Registry {
             open_count: entry.descriptors.len(),
         };
         match name {
-            None => Ok(inner.entries.values().map(listing).collect()),
+            None => {
+                // In the order in which they were registered, as SPDK shows them.
+                let mut entries: Vec<&Entry> = inner.entries.values().collect();
+                entries.sort_by_key(|entry| entry.id);
+                Ok(entries.into_iter().map(listing).collect())
+            }
             Some(name) => Ok(vec![listing(inner.find(name)?)]),
         }
     }

@@ -1,8 +1,7 @@
 //! In steady state a read or write allocates nothing.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+use std::alloc::System;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use qpair_bdev::malloc::Malloc;
 use qpair_bdev::null::Null;
@@ -10,34 +9,15 @@ use qpair_bdev::{Device, IoId, Layer, Op, Registry, Status};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
 use qpair_reactor::{Poller, Reactor};
-
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: passes everything on to the system's allocator as it came; counting touches no memory of the caller's.
-#[allow(unsafe_code)]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promises are those that System asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 #[global_allocator]
-static COUNTING: Counting = Counting;
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+fn allocations() -> usize {
+    let stats = ALLOCATOR.stats();
+    stats.allocations + stats.reallocations
+}
 
 struct Nobody;
 
@@ -48,7 +28,7 @@ impl Poller for Nobody {
 }
 
 /// Rounds of 128 I/Os of 4 KiB; returns the allocations of all rounds but the first ten.
-fn allocations_of(device: Arc<dyn Device>) -> u64 {
+fn allocations_of(device: Arc<dyn Device>) -> usize {
     let name = device.info().name;
     let mut world = World::new(1, 1);
     let registry = Registry::new(world.handles());
@@ -66,7 +46,7 @@ fn allocations_of(device: Arc<dyn Device>) -> u64 {
         let mut before = 0;
         for round in 0..110u64 {
             if round == 10 {
-                before = ALLOCATIONS.load(Ordering::Relaxed);
+                before = allocations();
             }
             for number in 0..128u64 {
                 let id = layer.take().unwrap();
@@ -88,7 +68,7 @@ fn allocations_of(device: Arc<dyn Device>) -> u64 {
                 layer.give_back(id);
             }
         }
-        ALLOCATIONS.load(Ordering::Relaxed) - before
+        allocations() - before
     })
 }
 

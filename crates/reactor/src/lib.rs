@@ -15,6 +15,7 @@
 //! Limits. Messages a turn: all that were there when it began. Timers: unbounded, control plane only.
 
 mod clock;
+mod config;
 pub mod doorbell;
 pub mod driver;
 pub mod event;
@@ -34,8 +35,9 @@ mod sync {
 }
 
 pub use clock::Clock;
+pub use config::{Config, ReactorId, ReactorStats, Turn};
 pub use fanout::Fanout;
 pub use message::{Inbox, Message};
 pub use poller::{LocalWaker, Poller, PollerId, PollerState, PollerStats};
-pub use reactor::{Config, Handle, Reactor, ReactorId, ReactorStats, Turn};
+pub use reactor::{Handle, Reactor};
 pub use timer::TimerId;

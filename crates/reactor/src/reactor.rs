@@ -14,45 +14,12 @@ use crate::event::Event;
 use crate::log::{self, Level};
 use crate::poller::{LocalWaker, Poller, PollerId, PollerState, PollerStats, Slot, Wake};
 use crate::timer::{TimerId, Timers};
-use crate::{Clock, Inbox, Message};
-
-/// A reactor's number: its logical core.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ReactorId(pub u32);
+use crate::{Clock, Config, Inbox, Message, ReactorId, ReactorStats, Turn};
 
 /// Most looks at the active pollers in one turn.
 const PASSES: usize = 4;
 /// Things done in a turn up to which latency counts and batches do not.
 const LITTLE: usize = 4;
-
-/// How a reactor behaves.
-#[derive(Clone, Copy, Debug)]
-pub struct Config {
-    /// How long a poller without work stays active.
-    pub spin_ns: u64,
-    /// Never arm, never sleep.
-    pub busy_poll: bool,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self { spin_ns: 50_000, busy_poll: false }
-    }
-}
-
-/// What a turn found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// Things were done, or active pollers may find some soon: turn again.
-    Again,
-    /// All is armed: sleep until woken or until the deadline.
-    Idle {
-        /// The next timer, in clock nanoseconds.
-        until_ns: Option<u64>,
-    },
-    /// Told to stop.
-    Stopped,
-}
 
 struct Shared {
     id: ReactorId,
@@ -105,27 +72,6 @@ impl PartialEq for Handle {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
-}
-
-/// A reactor's figures.
-#[derive(Clone, Debug)]
-pub struct ReactorStats {
-    /// Logical core.
-    pub id: ReactorId,
-    /// Driver in use.
-    pub driver: &'static str,
-    /// Time in turns that did something.
-    pub busy_ns: u64,
-    /// Time in turns that found nothing, and asleep.
-    pub idle_ns: u64,
-    /// Turns made.
-    pub turns: u64,
-    /// Times gone to sleep.
-    pub sleeps: u64,
-    /// Messages run.
-    pub messages: u64,
-    /// Its pollers.
-    pub pollers: Vec<PollerStats>,
 }
 
 /// See the crate's doc. `!Send`: it stays on the thread that made it.

@@ -101,17 +101,44 @@ class Engine:
         """Front ends, then bdevs, then reactors; each outstanding token is answered first. Idempotent. Blocks without the GIL."""
 
     # ---- bdevs (crates/bdev) -------------------------------------------------------------------------
-    def bdev_null_create(self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0) -> int:
+    def bdev_null_create(
+        self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0
+    ) -> int:
         """Reply value: None. Raises ``EEXIST`` for a name in use, ``EINVAL`` for geometry."""
 
-    def bdev_malloc_create(self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0, optimal_io_boundary: int = 0) -> int: ...
+    def bdev_malloc_create(
+        self,
+        name: str,
+        *,
+        num_blocks: int,
+        block_size: int,
+        uuid: str | None = None,
+        physical_block_size: int = 0,
+        optimal_io_boundary: int = 0,
+    ) -> int: ...
     def bdev_file_create(
-        self, name: str, path: str, *, module: Literal["uring", "aio"], block_size: int = 0, readonly: bool = False, fallocate: bool = False, uuid: str | None = None
+        self,
+        name: str,
+        path: str,
+        *,
+        module: Literal["uring", "aio"],
+        block_size: int = 0,
+        readonly: bool = False,
+        fallocate: bool = False,
+        uuid: str | None = None,
     ) -> int:
         """``block_size`` 0 takes the file's own. O_DIRECT where the file system takes it."""
 
     def bdev_python_create(
-        self, name: str, *, num_blocks: int, block_size: int, depth: int = 128, max_io_bytes: int = 131072, uuid: str | None = None, readonly: bool = False
+        self,
+        name: str,
+        *,
+        num_blocks: int,
+        block_size: int,
+        depth: int = 128,
+        max_io_bytes: int = 131072,
+        uuid: str | None = None,
+        readonly: bool = False,
     ) -> PythonBdevRing: ...
     def bdev_virtio_create(
         self,
@@ -155,7 +182,9 @@ class Engine:
         Reply value: bytes for read, else None."""
 
     # ---- vhost (crates/vhost) ------------------------------------------------------------------------
-    def vhost_blk_create(self, name: str, bdev: str, *, reactors: Sequence[int] = (), readonly: bool = False, num_queues: int = 16, packed_ring: bool = False) -> int:
+    def vhost_blk_create(
+        self, name: str, bdev: str, *, reactors: Sequence[int] = (), readonly: bool = False, num_queues: int = 16, packed_ring: bool = False
+    ) -> int:
         """A virtio-blk device with no socket: Python listens and opens a session a connection. ``reactors``: lcores whose
         reactors take the queues, round robin; empty means all. Reply: None."""
 

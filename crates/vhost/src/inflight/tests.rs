@@ -1,3 +1,5 @@
+//! Regions that are fresh, honest, torn or lying.
+
 use proptest::prelude::*;
 
 use super::*;
