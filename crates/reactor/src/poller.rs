@@ -67,6 +67,8 @@ pub(crate) struct Slot {
     pub(crate) busy_runs: u64,
     pub(crate) busy_ns: u64,
     pub(crate) removed: bool,
+    /// Was ever filled: else it is only reserved.
+    pub(crate) installed: bool,
 }
 
 /// Shared by a poller's slot and its wakers.

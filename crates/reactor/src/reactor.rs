@@ -208,6 +208,7 @@ impl Reactor {
             busy_runs: 0,
             busy_ns: 0,
             removed: false,
+            installed: false,
         });
         id
     }
@@ -216,6 +217,7 @@ impl Reactor {
     pub fn install_poller(&mut self, id: PollerId, poller: Box<dyn Poller>) {
         if let Some(slot) = self.slot(id) {
             slot.poller = Some(poller);
+            slot.installed = true;
             LocalWaker(slot.wake.clone()).wake();
         }
     }
@@ -225,9 +227,9 @@ impl Reactor {
         let Some(slot) = self.slot(id) else { return };
         slot.removed = true;
         slot.wake.active.set(true);
-        let gone = slot.poller.take();
+        let (gone, only_reserved) = (slot.poller.take(), !slot.installed);
         // A poller that removes itself is out of its slot now: `with_poller` drops it and frees the slot.
-        if gone.is_some() {
+        if gone.is_some() || only_reserved {
             self.pollers[id.index as usize] = None;
             self.active.retain(|index| *index != id.index);
         }

@@ -230,6 +230,16 @@ fn a_poller_may_remove_another_and_its_place_is_used_anew() {
 }
 
 #[test]
+fn a_place_that_was_reserved_and_never_filled_can_be_given_back() {
+    let mut rig = Rig::new();
+    let id = rig.reactor.reserve_poller("reserved");
+    assert!(rig.state("reserved").is_some());
+    rig.reactor.remove_poller(id);
+    assert!(rig.state("reserved").is_none());
+    assert!(rig.reactor.waker(id).is_none());
+}
+
+#[test]
 fn a_panic_poisons_only_its_poller() {
     let (mut rig, log) = (Rig::new(), Log::default());
     let mut bad = Probe::new("bad", &log);
