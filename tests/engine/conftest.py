@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from missing import missing
+
 native = pytest.importorskip("qpair._engine", reason="the engine is not built: run `make engine`")
 
 ALLOWED = sorted(os.sched_getaffinity(0))
@@ -90,5 +92,5 @@ def driver(request: pytest.FixtureRequest, start: Callable[..., Driver]) -> Driv
         return start(driver=request.param, cores=ALLOWED[:2])
     except native.EngineError as error:
         if request.param == "io_uring":
-            pytest.skip(f"io_uring is not to be had here: {error.strerror}")
+            missing("io_uring", error.strerror)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -27,7 +28,8 @@ def readable(fd: int) -> bool:
 def threads() -> list[str]:
     names = []
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/comm") as comm:
+        # A thread may end between the listing and the look: then it is gone, which is what is asked.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{task}/comm") as comm:
             names.append(comm.read().strip())
     return [name for name in names if name.startswith("reactor_")]
 

@@ -11,6 +11,7 @@ import pytest
 from hostile.front_end import FrontEnd
 from hostile.innocent import Innocent
 from hostile.process import Serve
+from missing import missing
 
 pytest.importorskip("qpair._engine", reason="the engine is not built: run `make engine`")
 
@@ -41,7 +42,7 @@ def _world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             server.wait_ready()
         except RuntimeError as error:
             if request.param == "io_uring":
-                pytest.skip(f"io_uring is not to be had here: {error}")
+                missing("io_uring", error)
             raise
         server.malloc("m0")
         server.malloc("m1")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from interop.peers import QemuImg, QemuIo, QpairServer, StorageDaemon, peer_missing
+from interop.peers import QemuImg, QemuIo, QpairServer, StorageDaemon
 from linux_guest import Guest, SetupError, ensure
+from missing import missing
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,7 @@ def guest() -> Guest:
     try:
         return Guest(ensure())
     except SetupError as error:
-        peer_missing("the Linux guest", error)
+        missing("the Linux guest", error)
 
 
 @pytest.fixture(scope="session")

@@ -13,23 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import pytest
 from spdk.rpc.client import JSONRPCClient
 
 from linux_guest import Guest
 
 START_S = 20
 STOP_S = 20
-
-
-def peer_missing(name: str, reason: object) -> NoReturn:
-    """Skips by name, or fails in CI: there every peer must be."""
-    text = f"{name} is not here: {reason}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(text)
-    pytest.skip(text)
 
 
 class Server:

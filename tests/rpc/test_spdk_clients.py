@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from missing import missing
 from qpair.rpc.registry import REGISTRY
 
 BIN = Path(sys.executable).parent
@@ -18,7 +19,7 @@ BIN = Path(sys.executable).parent
 def tool(name: str) -> str:
     found = shutil.which(name, path=str(BIN)) or shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (pip install spdk)")
+        missing(name, "pip install spdk")
     return found
 
 
@@ -138,6 +139,6 @@ async def test_spdk_cli_lists_our_bdevs(client: Any, server: Any, socket_path: s
     await stack.malloc("m0", "4MiB")
     code, out, err = await client(tool("spdk-cli"), "-s", socket_path, "ls", "/bdevs")
     if code != 0 and "configshell" in err:
-        pytest.skip("spdk-cli needs configshell_fb, which is not installed")
+        missing("spdk-cli", "it needs configshell-fb")
     assert code == 0, err
     assert "m0" in out

@@ -11,14 +11,14 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use qpair_bdev::{ChannelId, IoId, Layer, Op, QueueId};
+use qpair_bdev::{ChannelId, IoId, Layer, QueueId};
 use qpair_memory::{GuestMemory, Place};
 use qpair_reactor::driver::WatchId;
 use qpair_reactor::event::Event;
 use qpair_reactor::log::{self, Level};
 use qpair_reactor::{Poller, PollerId, Reactor, TimerId};
 use qpair_wire::nvme::Status;
-use qpair_wire::virtio_blk::{BlkStatus, SECTOR_BYTES};
+use qpair_wire::virtio_blk::BlkStatus;
 
 use crate::config::RANGES_MAX;
 use crate::inflight::InflightQueue;
@@ -385,11 +385,8 @@ impl Queue {
                 && self.fits_blocks(op, &request)
             {
                 self.header_at = request.header_at.unwrap_or_default();
-                let bytes = request.readable + request.writable;
-                let sectors_shift = self.block_shift - SECTOR_BYTES.trailing_zeros();
-                (io.op, io.lba, io.blocks) = (op, request.header.sector.get() >> sectors_shift, bytes >> self.block_shift);
+                let written = prepare::fill(io, op, &request, self.block_shift);
                 io.push(self.completions, u64::from(head));
-                let written = if op == Op::Read { bytes as u32 + 1 } else { 1 };
                 self.slots[usize::from(head)] = Slot { status: request.status, written, pending: 1, failed: None };
                 if mark && let Some(region) = &mut self.inflight_region {
                     region.mark(head);

@@ -1,6 +1,6 @@
 //! From one request to its I/Os: what a read, write, flush, discard, write-zeroes or get-id needs (Virtio 1.2, 5.2.6).
 
-use qpair_bdev::{IoId, Layer, Op};
+use qpair_bdev::{Io, IoId, Layer, Op};
 use qpair_wire::virtio_blk::{BlkStatus, ID_BYTES, RequestType, SECTOR_BYTES, Segment};
 use zerocopy::FromBytes;
 
@@ -51,13 +51,7 @@ impl Queue {
         if bytes == 0 || !self.fits_blocks(op, request) {
             return Err(Refused::Answer(BlkStatus::IOERR));
         }
-        let sectors_shift = self.block_shift - SECTOR_BYTES.trailing_zeros();
-        let io = layer.io_mut(id);
-        (io.op, io.lba, io.blocks) = (op, request.header.sector.get() >> sectors_shift, bytes >> self.block_shift);
-        if op == Op::Read {
-            // The used length covers the status byte too (2.7.8); a longer one cannot be told in 32 bits.
-            self.slots[usize::from(head)].written = u32::try_from(bytes + 1).unwrap_or(u32::MAX);
-        }
+        self.slots[usize::from(head)].written = fill(layer.io_mut(id), op, request, self.block_shift);
         self.enlist(layer, id, head);
         Ok(())
     }
@@ -117,6 +111,16 @@ impl Queue {
         }
         BlkStatus::OK
     }
+}
+
+/// Makes a read or write of a request that fits blocks; returns the used length of its success.
+#[inline]
+pub(super) fn fill(io: &mut Io, op: Op, request: &Request, block_shift: u32) -> u32 {
+    let bytes = request.readable + request.writable;
+    let sectors_shift = block_shift - SECTOR_BYTES.trailing_zeros();
+    (io.op, io.lba, io.blocks) = (op, request.header.sector.get() >> sectors_shift, bytes >> block_shift);
+    // The used length covers the status byte too (2.7.8); a longer one cannot be told in 32 bits.
+    if op == Op::Read { u32::try_from(bytes + 1).unwrap_or(u32::MAX) } else { 1 }
 }
 
 /// The operation of a read or write whose data goes the right way.
