@@ -108,7 +108,7 @@ pub fn unregister(registry: &Arc<Registry>, name: &str, deadline_ns: u64, reply:
         Err(error) => return reply(Err(error)),
     };
     let mut removal = Removal { registry: registry.clone(), device, guard: None, reply: Some(reply) };
-    registry.exclusive(
+    let at_once = registry.exclusive(
         device,
         Box::new(move |guard| {
             removal.guard = Some(guard);
@@ -117,6 +117,26 @@ pub fn unregister(registry: &Arc<Registry>, name: &str, deadline_ns: u64, reply:
             on_channels(&registry, device, Stance::Neither, close, move |_| drop(removal));
         }),
     );
+    if !at_once {
+        hurry(registry, device, deadline_ns);
+    }
+}
+
+/// A removal has to wait for a job that may itself wait for ever: a reset or a shrinking, until a device is quiet that says
+/// nothing any more, and ends its I/O only where it is going. So from the deadline on it is going.
+fn hurry(registry: &Arc<Registry>, device: DeviceId, deadline_ns: u64) {
+    for handle in registry.reactors() {
+        handle.call(move |reactor| {
+            reactor.after(deadline_ns, move |reactor| {
+                let layer = Layer::of(reactor);
+                let mut layer = layer.borrow_mut();
+                for channel in layer.channels_of(device) {
+                    layer.shut(reactor, channel);
+                    layer.abort_all(reactor, channel);
+                }
+            });
+        });
+    }
 }
 
 fn close(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, deadline_ns: u64, part: Rc<Part>) {

@@ -236,17 +236,21 @@ impl Registry {
     }
 
     /// Runs `job` when no other job on this device is under way: resets, resizes and removal come one after the other.
-    /// One whose device is gone, or goes before its turn, is dropped; what it captured answers for it.
-    pub(crate) fn exclusive(self: &Arc<Self>, id: DeviceId, job: Job) {
+    /// One whose device is gone, or goes before its turn, is dropped; what it captured answers for it. False: it has to wait.
+    pub(crate) fn exclusive(self: &Arc<Self>, id: DeviceId, job: Job) -> bool {
         let mut inner = self.lock();
         match inner.by_id(id) {
             // The job is an argument: it is dropped after the lock.
-            None => return,
-            Some(entry) if entry.busy => return entry.jobs.push_back(job),
+            None => return true,
+            Some(entry) if entry.busy => {
+                entry.jobs.push_back(job);
+                return false;
+            }
             Some(entry) => entry.busy = true,
         }
         drop(inner);
         job(JobGuard { registry: self.clone(), device: id });
+        true
     }
 
     /// Keeps the counters of a channel that closed.

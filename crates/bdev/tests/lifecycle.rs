@@ -322,7 +322,7 @@ fn a_reset_that_waits_behind_a_removal_is_answered() {
     lifecycle::unregister(&bench.registry, "disk", 0, reply(&gone));
     bench.rest();
     assert_eq!(bench.ended.len(), 0);
-    assert_eq!(bench.aborts.lock().unwrap().len(), 1, "a reset asks what is in flight to end");
+    assert_eq!(bench.aborts.lock().unwrap().len(), 2, "a reset asks what is in flight to end, and so does the removal at its deadline");
     bench.end_one(Status::ABORT_REQUESTED);
     assert_eq!(outcomes(&gone), [Ok(())]);
     assert_eq!(bench.status(1), Some(Status::ABORT_REQUESTED));
