@@ -17,7 +17,7 @@ use crate::timer::{TimerId, Timers};
 use crate::{Clock, Config, Inbox, Message, ReactorId, ReactorStats, Turn};
 
 /// Most looks at the active pollers in one turn.
-const PASSES: usize = 4;
+const PASSES: usize = 16;
 /// Things done in a turn up to which latency counts and batches do not.
 const LITTLE: usize = 4;
 
@@ -335,7 +335,8 @@ impl Reactor {
         let total: usize = self.work.iter().map(|(_, done)| done).sum();
         while let Some((index, done)) = self.work.pop() {
             if let Some(Some(slot)) = self.pollers.get_mut(index as usize) {
-                slot.busy_ns += elapsed * done as u64 / total.max(1) as u64;
+                // A division costs as much as a poll.
+                slot.busy_ns += if done == total { elapsed } else { elapsed * done as u64 / total as u64 };
             }
         }
     }
@@ -436,17 +437,8 @@ impl Reactor {
     fn poll_active(&mut self) -> usize {
         let mut work = 0;
         let mut position = 0;
-        while position < self.active.len() {
-            let index = self.active[position];
-            let Some(id) = self.pollers[index as usize].as_ref().map(|slot| slot.id) else {
-                self.active.swap_remove(position);
-                continue;
-            };
-            let done = self.with_poller(id, |poller, reactor| poller.poll(reactor)).unwrap_or(0);
-            work += done;
-            if !self.keeps_active(id, done) {
-                self.active.retain(|other| *other != index);
-            }
+        while let Some(&index) = self.active.get(position) {
+            work += self.poll_one(index);
             // Else this one went, or one before it, and the next one stands here now.
             if self.active.get(position) == Some(&index) {
                 position += 1;
@@ -455,36 +447,56 @@ impl Reactor {
         work
     }
 
-    /// Books a poll; arms the poller when it was idle long enough. False: it is no longer active.
+    /// Polls one, and books it. Its place is looked up twice, before and after: what a poll changes is anybody's guess.
     #[inline]
-    fn keeps_active(&mut self, id: PollerId, done: usize) -> bool {
+    fn poll_one(&mut self, index: u32) -> usize {
+        let Some(Some(slot)) = self.pollers.get_mut(index as usize) else {
+            self.active.retain(|other| *other != index);
+            return 0;
+        };
+        let id = slot.id;
+        let Some(mut poller) = slot.poller.take() else { return 0 };
+        let done = match catch_unwind(AssertUnwindSafe(|| poller.poll(self))) {
+            Ok(done) => done,
+            Err(panic) => {
+                self.poison(id, &mut *poller, &panic_text(&*panic));
+                return 0;
+            }
+        };
         let (now_ns, config) = (self.now_ns, self.config);
-        let Some(slot) = self.slot(id) else { return true };
+        let Some(slot) = self.slot(id).filter(|slot| !slot.removed) else {
+            self.forget(id);
+            return done;
+        };
+        slot.poller = Some(poller);
         slot.runs += 1;
         if done > 0 {
             slot.busy_runs += 1;
             slot.last_busy_ns = now_ns;
-            self.work.push((id.index, done));
-            return true;
+            self.work.push((index, done));
+        } else if !config.busy_poll && now_ns.saturating_sub(slot.last_busy_ns) >= config.spin_ns {
+            self.arm(id);
         }
-        if config.busy_poll || now_ns.saturating_sub(slot.last_busy_ns) < config.spin_ns {
-            return true;
-        }
+        done
+    }
+
+    /// Lets a poller that was idle long enough ask for a wake-up, and takes it off the active ones unless something came meanwhile.
+    fn arm(&mut self, id: PollerId) {
         self.driver.pause();
-        let Some(slot) = self.slot(id) else { return false };
+        let Some(slot) = self.slot(id) else { return };
         // Marked before it arms: what `arm` itself, or anything later, wakes is then seen.
         slot.wake.active.set(false);
         let quiet = self.with_poller(id, |poller, reactor| poller.arm(reactor)).unwrap_or(true);
-        let Some(slot) = self.slot(id) else { return false };
+        let now_ns = self.now_ns;
+        let Some(slot) = self.slot(id) else { return };
         if quiet && !slot.wake.active.get() {
-            return false;
+            return self.active.retain(|other| *other != id.index);
         }
         slot.last_busy_ns = now_ns;
         slot.wake.active.set(true);
         // If it woke itself while arming it is on the list of the woken too: once is enough.
         self.ready.borrow_mut().retain(|other| *other != id);
         self.with_poller(id, |poller, reactor| poller.disarm(reactor));
-        true
     }
 
     #[inline]

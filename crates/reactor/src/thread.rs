@@ -78,7 +78,8 @@ pub fn run(reactor: &mut Reactor) {
     }
 }
 
-fn pin_to(core: u32) -> io::Result<()> {
+/// Keeps the calling thread on one core.
+pub fn pin_to(core: u32) -> io::Result<()> {
     if core as usize >= 8 * size_of::<libc::cpu_set_t>() {
         return Err(io::Error::other("no such core"));
     }

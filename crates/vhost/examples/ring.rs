@@ -1,20 +1,22 @@
 //! The target alone: one thread plays the guest and turns the reactor, so that what is counted is the ring's and the layer's work.
 //!
-//! `cargo run --release -p qpair-vhost --example ring -- [null|malloc] [depth] [requests]` prints one line of JSON. Under
+//! `cargo run --release -p qpair-vhost --example ring -- [null|malloc] [depth] [requests] [cross]` prints one line of JSON. Under
 //! `valgrind --tool=callgrind`, the difference of two runs with different request counts gives instructions a request.
+//!
+//! With `cross` the reactor runs on core 0 and the guest on core 1: the round trip as a guest sees it that does nothing but wait.
 
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use qpair_bdev::{Device, Registry, malloc::Malloc, null::Null};
 use qpair_memory::{Mapping, Pages, Region, Shared, SharedIndex};
 use qpair_reactor::driver::{Choice, open};
-use qpair_reactor::{Clock, Config, Reactor, ReactorId, Turn};
+use qpair_reactor::{Clock, Config, Handle, Reactor, ReactorId, Turn, thread};
 use qpair_vhost::{Addresses, Command, MemoryRow, Source, Target};
 use qpair_wire::virtio::{Desc, DescFlags, Features, RingLayout, RingSize};
 use qpair_wire::virtio_blk::{RequestHeader, RequestType};
-use std::sync::atomic::Ordering;
 use zerocopy::IntoBytes;
 
 const BLOCK: u64 = 4096;
@@ -34,15 +36,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         "malloc" => Arc::new(Malloc::new("bench", 4096, BLOCKS, None, 0, 0)?),
         other => return Err(format!("module {other}: null or malloc").into()),
     };
-    let mut reactor = Reactor::new(ReactorId(0), Config { busy_poll: true, ..Config::default() }, Clock::Monotonic, open(Choice::Epoll)?);
-    let registry = Registry::new(vec![reactor.handle()]);
-    registry.register(device)?;
+    let polling = Config::default();
     let mut guest = Guest::new()?;
-    guest.connect(&mut reactor, &registry)?;
-    guest.run(&mut reactor, depth, 1000);
-    let start = Instant::now();
-    guest.run(&mut reactor, depth, requests);
-    let each = start.elapsed().as_nanos() as f64 / requests as f64;
+    let each = if arguments.next().as_deref() == Some("cross") {
+        let server = thread::spawn(ReactorId(0), polling, Choice::Auto, true)?;
+        thread::pin_to(1)?;
+        guest.connect(server.handle(), device, std::thread::yield_now)?;
+        guest.measure(depth, requests, std::hint::spin_loop)
+    } else {
+        let mut reactor = Reactor::new(ReactorId(0), polling, Clock::Monotonic, open(Choice::Epoll)?);
+        let handle = reactor.handle();
+        guest.connect(&handle, device, || assert!(reactor.turn() != Turn::Stopped))?;
+        guest.measure(depth, requests, || assert!(reactor.turn() != Turn::Stopped))
+    };
     println!(r#"{{"module":"{module}","depth":{depth},"requests":{requests},"ns_per_request":{each:.1}}}"#);
     Ok(())
 }
@@ -87,9 +93,12 @@ impl Guest {
         })
     }
 
-    fn connect(&mut self, reactor: &mut Reactor, registry: &Arc<Registry>) -> Result<(), Box<dyn Error>> {
-        let target = Target::new(registry.clone(), |failure| panic!("{}", failure.broken));
-        target.create("disk", "bench", vec![reactor.handle()], false, 1)?;
+    /// Starts the ring; `turn` is called until it runs.
+    fn connect(&mut self, reactor: &Handle, device: Arc<dyn Device>, mut turn: impl FnMut()) -> Result<(), Box<dyn Error>> {
+        let registry = Registry::new(vec![reactor.clone()]);
+        registry.register(device)?;
+        let target = Target::new(registry, |failure| panic!("{}", failure.broken));
+        target.create("disk", "bench", vec![reactor.clone()], false, 1)?;
         let session = target.open("disk")?;
         let row = MemoryRow { guest_address: 0, length: 8 << 20, user_address: 0, offset: 0, source: Source::Mapping(self.memory.clone()) };
         let addresses = Addresses { desc: self.layout.desc, avail: self.layout.avail, used: self.layout.used };
@@ -100,16 +109,31 @@ impl Guest {
             Command::SetVringAddr { queue: 0, addresses },
             Command::SetVringKick { queue: 0, kick: None },
         ];
+        let answered = Arc::new(AtomicUsize::new(0));
+        let asked = commands.len();
         for command in commands {
-            target.command(session, command, Box::new(|outcome| drop(outcome.unwrap_or_else(|error| panic!("{error}")))));
+            let answered = answered.clone();
+            let done = move |outcome: Result<_, _>| {
+                drop(outcome.unwrap_or_else(|error| panic!("{error}")));
+                answered.fetch_add(1, Ordering::Relaxed);
+            };
+            target.command(session, command, Box::new(done));
         }
-        for _ in 0..64 {
-            assert!(reactor.turn() != Turn::Stopped);
+        while answered.load(Ordering::Relaxed) < asked {
+            turn();
         }
         Ok(())
     }
 
-    fn run(&mut self, reactor: &mut Reactor, depth: u16, requests: u64) {
+    /// Nanoseconds a request.
+    fn measure(&mut self, depth: u16, requests: u64, mut turn: impl FnMut()) -> f64 {
+        self.run(depth, 1000, &mut turn);
+        let start = Instant::now();
+        self.run(depth, requests, &mut turn);
+        start.elapsed().as_nanos() as f64 / requests as f64
+    }
+
+    fn run(&mut self, depth: u16, requests: u64, turn: &mut impl FnMut()) {
         let mut done = 0;
         while done < requests {
             for position in 0..depth {
@@ -124,7 +148,7 @@ impl Guest {
             self.next = self.next.wrapping_add(depth);
             self.avail.store(self.next, Ordering::Release);
             while self.used.load(Ordering::Acquire) != self.next {
-                reactor.turn();
+                turn();
             }
             done += u64::from(depth);
         }
