@@ -10,7 +10,8 @@
 //! mapping here, so the crates above need no `unsafe`.
 //!
 //! Errors. [`MemoryError`] names the field, the value and the limit. A mapping whose file shrank raises SIGBUS:
-//! the handler of [`fault`] replaces it by zeros and marks it dead; see [`Mapping::is_dead`].
+//! the handler of [`fault`] replaces it by zeros and marks it dead; see [`Mapping::is_dead`]. A file whose pages may never come
+//! (FUSE, network file systems) is refused: [`MemoryError::MayStall`].
 //!
 //! Not implemented: DMA mappings for vfio (they come with the NVMe driver).
 //!
@@ -19,6 +20,7 @@
 pub mod fault;
 mod guest;
 mod mapping;
+mod origin;
 mod region;
 mod shared;
 
@@ -63,6 +65,12 @@ pub enum MemoryError {
         index: usize,
         /// What is wrong with it.
         reason: &'static str,
+    },
+    /// A touch of it could wait for another program or machine, for ever.
+    #[error("memory on a file system of type {kind} may never answer: it must be a memfd, on tmpfs or hugetlbfs, or on a local disk")]
+    MayStall {
+        /// The file system's type, as mountinfo has it.
+        kind: String,
     },
     /// Too many shared mappings in this process.
     #[error("more than {limit} shared mappings")]

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crate::{MemoryError, fault};
+use crate::{MemoryError, fault, origin};
 
 /// Which page size to ask for. Hugepages are used when they are to be had, never needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,14 +63,14 @@ impl Mapping {
     }
 
     /// Maps `length` bytes of somebody else's descriptor, from its start. The file may shrink under us: then the
-    /// mapping reads as zeros and [`is_dead`](Self::is_dead) turns true.
+    /// mapping reads as zeros and [`is_dead`](Self::is_dead) turns true. Refused is a file whose pages may never come.
     pub fn shared(fd: BorrowedFd<'_>, length: u64) -> Result<Arc<Self>, MemoryError> {
         let page = page_size() as u64;
         let limit = isize::MAX as u64 - page;
         if length == 0 || length > limit {
             return Err(MemoryError::OutOfRange { offset: 0, length, limit });
         }
-        let size = file_size(fd)?;
+        let size = origin::size_unless_stalling(fd)?;
         if size != 0 && length > size.next_multiple_of(page) {
             return Err(MemoryError::OutOfRange { offset: 0, length, limit: size });
         }
@@ -137,16 +137,6 @@ pub(crate) fn page_size() -> usize {
     // SAFETY: sysconf has no preconditions.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).unwrap_or(4096)
-}
-
-fn file_size(fd: BorrowedFd<'_>) -> Result<u64, MemoryError> {
-    // SAFETY: an all-zero stat is a valid value of the C struct.
-    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: `stat` is a valid place to write to.
-    if unsafe { libc::fstat(fd.as_raw_fd(), &mut stat) } != 0 {
-        return Err(MemoryError::last_os("fstat"));
-    }
-    Ok(u64::try_from(stat.st_size).unwrap_or(0))
 }
 
 fn map(length: usize, protection: i32, flags: i32, fd: i32, offset: i64) -> Result<NonNull<u8>, MemoryError> {
