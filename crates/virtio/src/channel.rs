@@ -1,4 +1,30 @@
 //! One reactor's queue: I/Os to request slots and back.
+//!
+//! **Each I/O completes exactly once.** The layer calls `submit` once for an I/O, and asserts in `complete` that it has not ended yet; here is
+//! why that assertion never fails, and why `complete` is always called.
+//!
+//! *At most once.* An I/O that is with the target is named by one slot: from `start`, which takes a free slot only, to
+//! `release` or `give_up`, which free it. Only these two complete it, each as it frees the slot; the refusals in `submit` and `start` concern I/Os that no
+//! slot names yet. What the target says is a used id, and it is looked up among the slots: one that is free, or is none, is a
+//! violation. So a second answer, or one to what was never asked, ends the device, never an I/O again. (A target that gives
+//! another request's id ends that one too early, with data that are the target's affair: the other's own answer is then the violation.)
+//! Its ids and lengths are read once, into registers, and what it wrote is bounded by what the slot was formatted for.
+//!
+//! *At least once.* A slot in use is freed by its answer; by a violation on this queue, at once, since `finish` is followed by
+//! `give_up`; by a violation on another queue, since `Shared::fail` raises the flag first and then sends every holder of a queue a
+//! wake-up: a `submit` that did not see the flag came before that message, and its I/Os are what the next `poll` finds; or
+//! by the removal of the device, whose deadline asks for an early end (`abort`), also where a reset or a shrinking that waits for quiet stands in the
+//! removal's way. Until then a target that says nothing is waited for, in a reset too. A panic in here is the layer's to clean up, and
+//! a reactor's end leaves nobody to be told. No answer is slept through: `arm` asks for an interrupt and looks again (`Ring::listen`), `unplug` wakes the poller, and what a
+//! full ring has no slot for waits in the layer, which asks again when `complete` has made room.
+//!
+//! *After `give_up`* the target may still answer, so nothing is taken from this queue or sent to it again (what was not yet shown to the
+//! target is forgotten, `submit` refuses), and no other channel gets it: it is returned as dead. Its memory stays mapped as long as
+//! somebody holds it; a lent buffer may still be written to by a target that wakes up late.
+//!
+//! *From channel to channel.* The layer closes a channel when nothing is in flight: then every request that was shown has been
+//! answered, and the indices stand where the target's stand. They are kept under the device's lock for the next channel, on whatever
+//! reactor, which formats its slots anew: none is under way.
 
 use std::sync::Arc;
 
@@ -168,7 +194,8 @@ impl VirtioChannel {
                 return layer.complete(id, Status::DATA_TRANSFER_ERROR);
             }
         }
-        let durable = io.op == Op::Write && io.flags.contains(IoFlags::FUA) && self.shared.agreed.flush;
+        let changes = !matches!(io.op, Op::Read | Op::Flush);
+        let durable = changes && io.flags.contains(IoFlags::FUA) && self.shared.agreed.flush;
         self.send(index, RequestHeader::new(kind, sector), &shape);
         let slot = &mut self.slots[usize::from(index)];
         slot.io = id;
@@ -278,6 +305,7 @@ impl VirtioChannel {
         }
         self.lost = true;
         self.inflight = 0;
+        self.ring.forget();
         // None of these slots goes out again: see `submit`.
         self.free.clear();
     }
@@ -359,8 +387,8 @@ impl Channel for VirtioChannel {
         self.ring.silence();
     }
 
-    /// A request cannot be called back. Only where the device is going, and its deadline has passed, all are given up: their memory stays
-    /// mapped as long as anybody holds it, so a target that wakes up late writes to nobody's.
+    /// A request cannot be called back. Only where the device is going all are given up: when the removal's deadline has passed, or a front
+    /// end that cannot wait for that asks before.
     fn abort(&mut self, layer: &mut Layer, _: &mut Reactor, _: IoId) {
         if layer.is_closed(self.id) {
             self.give_up(layer, Status::ABORT_REQUESTED);

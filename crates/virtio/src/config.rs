@@ -45,13 +45,16 @@ pub(crate) fn agree(name: &str, features: u64, bytes: &[u8], max_io_bytes: u32, 
     let flush = blk.contains(BlkFeatures::FLUSH);
     info.write_cache = flush && !(blk.contains(BlkFeatures::CONFIG_WCE) && config.writeback == 0);
     info.max_io_blocks = largest_io(blk, &config, block_size, max_io_bytes)?;
-    info.max_unmap_blocks = largest_range(blk, &config, sectors);
+    let discard = largest_range(blk, BlkFeatures::DISCARD, config.max_discard_sectors.get(), sectors);
+    let zeroes = largest_range(blk, BlkFeatures::WRITE_ZEROES, config.max_write_zeroes_sectors.get(), sectors);
+    // One limit for both: the smaller.
+    info.max_unmap_blocks = discard.into_iter().chain(zeroes).min().unwrap_or(0);
     let indirect = ring.contains(Features::INDIRECT_DESC);
     info.queue_depth = u32::from(slots(indirect));
     let mut ops = vec![Op::Read, Op::Write, Op::Reset];
     ops.extend(flush.then_some(Op::Flush));
-    ops.extend(blk.contains(BlkFeatures::DISCARD).then_some(Op::Unmap));
-    ops.extend(blk.contains(BlkFeatures::WRITE_ZEROES).then_some(Op::WriteZeroes));
+    ops.extend(discard.map(|_| Op::Unmap));
+    ops.extend(zeroes.map(|_| Op::WriteZeroes));
     info.supported = OpSet::of(&ops);
     info.check()?;
     let pieces = if blk.contains(BlkFeatures::SEG_MAX) && config.seg_max.get() < 2 { 1 } else { 2 };
@@ -82,10 +85,10 @@ fn largest_io(blk: BlkFeatures, config: &Config, block_size: u32, max_io_bytes: 
     }
 }
 
-/// One limit for discards and write-zeroes: the smaller, in whole blocks.
-fn largest_range(blk: BlkFeatures, config: &Config, sectors: u64) -> u32 {
-    let limit = |feature, sectors: u32| if blk.contains(feature) && sectors > 0 { sectors } else { u32::MAX };
-    let discard = limit(BlkFeatures::DISCARD, config.max_discard_sectors.get());
-    let zeroes = limit(BlkFeatures::WRITE_ZEROES, config.max_write_zeroes_sectors.get());
-    (u64::from(discard.min(zeroes)) / sectors).max(1) as u32
+/// Most blocks of one discard or write-zeroes; None: the target does not do it, or not even one block at a time.
+fn largest_range(blk: BlkFeatures, feature: BlkFeatures, sectors_max: u32, sectors: u64) -> Option<u32> {
+    // Zero is no limit, as other drivers have it.
+    let limit = if sectors_max > 0 { sectors_max } else { u32::MAX };
+    let blocks = (u64::from(limit) / sectors) as u32;
+    (blk.contains(feature) && blocks > 0).then_some(blocks)
 }

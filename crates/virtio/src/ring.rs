@@ -103,6 +103,12 @@ impl Ring {
         self.used_flags.load(Ordering::Relaxed) & UsedFlags::NO_NOTIFY.bits() == 0
     }
 
+    /// Drops the batch: the device never sees it.
+    #[cold]
+    pub(crate) fn forget(&mut self) {
+        self.added = 0;
+    }
+
     /// How many used entries wait. Acquire: what the device wrote before its index (entries, status, data) is read next.
     #[inline]
     pub(crate) fn waiting(&self) -> u16 {

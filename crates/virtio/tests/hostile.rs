@@ -70,6 +70,19 @@ fn a_request_used_twice_ends_once() {
 }
 
 #[test]
+fn a_flush_that_was_about_to_follow_never_goes_to_a_target_found_lying() {
+    let mut driver = Driver::new(16, features());
+    driver.submit(&[(Op::Write, 0, 1, IoFlags::FUA), (Op::Write, 8, 1, IoFlags::FUA)]);
+    let first = driver.target.requests().remove(0);
+    driver.target.lie(1, 99, 1, 0);
+    driver.target.lie(0, u32::from(first.head), 1, 2);
+    assert_eq!(driver.reap().len(), 2);
+    let later = driver.read(16);
+    assert_eq!(driver.reap(), [(later, Status::INTERNAL_DEVICE_ERROR)]);
+    assert_eq!(driver.target.requests(), []);
+}
+
+#[test]
 fn a_read_without_its_data_or_status_is_an_error_of_that_read_alone() {
     for length in [0, 1, 4096] {
         let mut driver = Driver::new(16, features());

@@ -116,6 +116,21 @@ fn a_durable_write_is_done_only_after_the_flush_that_follows_it() {
 }
 
 #[test]
+fn durable_write_zeroes_and_unmap_are_flushed_as_writes_are() {
+    for op in [Op::WriteZeroes, Op::Unmap] {
+        let mut driver = Driver::new(64, features());
+        let ids = driver.submit(&[(op, 0, 8, IoFlags::FUA)]);
+        let change = driver.target.requests().remove(0);
+        driver.target.answer(&change, 0);
+        assert_eq!(driver.reap(), [], "{op:?}");
+        let flush = driver.target.requests().remove(0);
+        assert_eq!(flush.kind, FLUSH);
+        driver.target.answer(&flush, 0);
+        assert_eq!(driver.reap(), [(ids[0], Status::SUCCESS)]);
+    }
+}
+
+#[test]
 fn a_failed_durable_write_is_not_flushed() {
     let mut driver = Driver::new(64, features());
     let ids = driver.submit(&[(Op::Write, 0, 1, IoFlags::FUA)]);
@@ -215,6 +230,11 @@ fn indices_wrap_at_65536_with_and_without_event_index() {
                 back += driver.reap().len();
             }
             total += 15;
+            if total.is_multiple_of(6000) {
+                // Another channel goes on where this one left the ring.
+                driver.reopen();
+                assert_eq!(driver.kick.take(), 1, "a ring is started by its first kick");
+            }
         }
     }
 }

@@ -108,6 +108,13 @@ impl Driver {
         ids
     }
 
+    /// Closes the channel and opens another.
+    pub fn reopen(&mut self) {
+        let mut layer = self.layer.borrow_mut();
+        layer.close_channel(&mut self.reactor, self.channel);
+        self.channel = self.descriptor.channel(&mut self.reactor, &mut layer).unwrap();
+    }
+
     pub fn read(&mut self, lba: u64) -> IoId {
         self.submit(&[(Op::Read, lba, 8, IoFlags::empty())])[0]
     }
@@ -202,6 +209,11 @@ impl Target {
         let entry = self.used + 4 + 8 * u64::from(at % self.size);
         self.memory.write_obj(id, GuestAddress(entry)).unwrap();
         self.memory.write_obj(length, GuestAddress(entry + 4)).unwrap();
+        self.memory.write_obj(index, GuestAddress(self.used + 2)).unwrap();
+    }
+
+    /// Says how many entries there are.
+    pub fn set_used_index(&mut self, index: u16) {
         self.memory.write_obj(index, GuestAddress(self.used + 2)).unwrap();
     }
 
