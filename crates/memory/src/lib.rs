@@ -26,6 +26,7 @@ mod shared;
 
 pub use guest::{GuestMemory, GuestRegion, Place};
 pub use mapping::{Mapping, Pages};
+pub use origin::drop_apart;
 pub use region::{Region, SgList, Sge, copy_list};
 pub use shared::{Shared, SharedIndex};
 

@@ -8,7 +8,7 @@
 //! seals is the kernel's own memory (memfd, tmpfs, hugetlbfs), which is nearly every guest's: one fcntl, and done. For the rest, statx without synchronisation
 //! gives the number of the mount, and `/proc/self/mountinfo` the type of its file system, from the kernel's own tables.
 //!
-//! Errors. [`MemoryError::MayStall`]. Closing a descriptor may wait too (FUSE is told of each close): who is refused should close elsewhere.
+//! Errors. [`MemoryError::MayStall`]. Closing such a descriptor may wait too, because FUSE and NFS are told of it: [`drop_apart`].
 //!
 //! Not seen: a file system on a block device whose server is gone, and overlays above what would be refused. A mount of another
 //! namespace is known by its device; where nothing is known, the memory is refused.
@@ -77,6 +77,12 @@ fn kind_of(mounts: &str, mount: u64, device: (u32, u32)) -> Option<&str> {
         line.split_once(" - ")?.1.split(' ').next()
     };
     find(0, &number).or_else(|| find(2, &device))
+}
+
+/// Drops what may wait while it goes, a refused descriptor say, on a thread of its own.
+pub fn drop_apart(what: impl Send + 'static) {
+    // Without a thread to be had it goes here: that is no worse than without this.
+    drop(std::thread::Builder::new().name("qpair-close".into()).stack_size(64 << 10).spawn(move || drop(what)));
 }
 
 struct File {

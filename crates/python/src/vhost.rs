@@ -123,6 +123,7 @@ fn event(fd: Option<Number>) -> Result<Option<Event>, Failure> {
     let fd = duplicate("fd", fd)?;
     let kind = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|error| Failure::os("kind of fd", &error))?;
     if kind.as_os_str() != "anon_inode:[eventfd]" {
+        qpair_memory::drop_apart(fd);
         return Err(Failure::invalid("fd", kind.display(), "an eventfd"));
     }
     Ok(Some(Event::from_fd(fd)))

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use qpair_bdev::Descriptor;
-use qpair_memory::{GuestMemory, GuestRegion, Mapping, Region};
+use qpair_memory::{GuestMemory, GuestRegion, Mapping, Region, drop_apart};
 use qpair_reactor::event::Event;
 use qpair_reactor::{Fanout, Reactor};
 use qpair_wire::virtio::{Features, RingSize};
@@ -417,7 +417,11 @@ impl Session {
                 return Ok(Answer::Inflight(fd, size));
             }
             Command::SetInflight { fd, size, offset, num_queues, queue_size } => {
-                self.inflight = Some(Inflight::adopt(&fd, size, offset, num_queues, queue_size)?);
+                let adopted = Inflight::adopt(&fd, size, offset, num_queues, queue_size);
+                if adopted.is_err() {
+                    drop_apart(fd);
+                }
+                self.inflight = Some(adopted?);
             }
             Command::ResetDevice => self.reset(),
             Command::Close => {
@@ -442,13 +446,20 @@ impl Session {
     fn set_memory(&mut self, rows: Vec<MemoryRow>) -> Result<(), VhostError> {
         self.rows = None;
         let mut mapped = Vec::with_capacity(rows.len());
-        for row in rows {
+        let mut rows = rows.into_iter();
+        while let Some(row) = rows.next() {
             let end = row
                 .offset
                 .checked_add(row.length)
                 .ok_or_else(|| VhostError::invalid("mmap_offset", row.offset, "offset + size below 2^64"))?;
             let mapping = match row.source {
-                Source::Fd(fd) => Mapping::shared(fd.as_fd(), end)?,
+                Source::Fd(fd) => match Mapping::shared(fd.as_fd(), end) {
+                    Ok(mapping) => mapping,
+                    Err(error) => {
+                        drop_apart((fd, rows));
+                        return Err(error.into());
+                    }
+                },
                 Source::Mapping(mapping) => mapping,
             };
             mapped.push(MappedRow {
