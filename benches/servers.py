@@ -59,6 +59,14 @@ class Process:
         return calls
 
 
+def shares(processes: list[Process], *, seconds: float) -> list[float]:
+    """What part of one core each of them used over some seconds."""
+    before, start = [process.cpu_seconds() for process in processes], time.monotonic()
+    time.sleep(seconds)
+    wall = time.monotonic() - start
+    return [(process.cpu_seconds() - used) / wall for process, used in zip(processes, before, strict=True)]
+
+
 @contextmanager
 def _running(command: list[str], folder: Path, ready: Path, environment: dict[str, str] | None = None) -> Iterator[Process]:
     with (folder / "server.log").open("wb") as log:
@@ -88,10 +96,11 @@ def rpc(socket: Path, method: str, **params: Any) -> Any:
 
 
 @contextmanager
-def qpair_server(folder: Path, *options: str) -> Iterator[Process]:
-    """``qpair serve`` on the server's core."""
+def qpair_server(folder: Path, *options: str, core: int | None = None) -> Iterator[Process]:
+    """``qpair serve`` on the server's core (or another)."""
     socket = folder / "rpc.sock"
-    command = [sys.executable, "-m", "qpair.cli", "serve", "-m", f"[{cores()[0]}]", "-r", str(socket), "-S", str(folder), *options]
+    chosen = cores()[0] if core is None else core
+    command = [sys.executable, "-m", "qpair.cli", "serve", "-m", f"[{chosen}]", "-r", str(socket), "-S", str(folder), *options]
     with _running(command, folder, socket) as process:
         yield process
 
@@ -101,6 +110,17 @@ def export(folder: Path, name: str, method: str, **params: Any) -> Path:
     rpc(folder / "rpc.sock", method, name=name, **params)
     rpc(folder / "rpc.sock", "vhost_create_blk_controller", ctrlr=f"{name}.sock", dev_name=name)
     return folder / f"{name}.sock"
+
+
+@contextmanager
+def attached(folder: Path, sockets: list[Path]) -> Iterator[Process]:
+    """A second ``qpair serve``, on the client's core, that has the disks behind the sockets for bdevs and does nothing with them."""
+    with qpair_server(folder, core=cores()[1]) as process:
+        for number, socket in enumerate(sockets):
+            rpc(
+                folder / "rpc.sock", "bdev_virtio_attach_controller", name=f"far{number}", trtype="user", traddr=str(socket), dev_type="blk"
+            )
+        yield process
 
 
 @contextmanager

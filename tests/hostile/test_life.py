@@ -129,7 +129,7 @@ def work(number):
             await stack.malloc("d", "4MiB")
             assert (await stack.measure("d", seconds=0.3, depth=4)).errors == 0
     asyncio.run(main())
-    print("done")
+    os.write(1, b"done\\n")  # whole lines: print writes its end apart
 threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
