@@ -15,7 +15,7 @@ use qpair_wire::virtio::Features;
 
 use crate::client::{Allowed, CELL_BLOCKS, Client, IOS, Load, Tally};
 use crate::device::{Manners, Slow};
-use crate::{CELLS, MAX_IO, QUIET, RunSome, check_reactors, remove};
+use crate::{CELLS, MAX_IO, QUIET, RunSome, check_reactors, count_panics, remove};
 
 /// Long enough for whatever ends by itself.
 const LONG_NS: u64 = 500_000_000;
@@ -48,6 +48,7 @@ struct Pair {
 
 impl Pair {
     fn new(seed: u64, rng: &mut Rng, manners: Manners) -> Self {
+        count_panics();
         let reactors = rng.between(1, 4) as usize;
         let mut world = World::new(seed, reactors);
         for number in 0..reactors {

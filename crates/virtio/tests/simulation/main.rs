@@ -13,7 +13,7 @@ mod target;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Once, Weak};
 
 use client::{Allowed, CELL_BLOCKS, Client, IOS, Load, Tally};
 use qpair_bdev::{BdevError, Info, Layer, Registry, lifecycle};
@@ -64,7 +64,8 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(world: &mut World, rng: &mut Rng, queues: usize, manners: Manners) -> Self {
+    fn new(world: &mut World, rng: &mut Rng, queues: usize, manners: &[Manners]) -> Self {
+        count_panics();
         let clients = world.reactors() as u64 * 2;
         let disk = Rc::new(RefCell::new(Disk { bytes: vec![0; (clients * CELLS * CELL_BLOCKS) as usize * 4096], ..Disk::default() }));
         let (features, config) = offer(rng, disk.borrow().bytes.len() as u64);
@@ -74,7 +75,7 @@ impl Scene {
         let mut setups = Vec::new();
         for queue in 0..queues {
             let (kick, call) = (Event::simulated(), Event::simulated());
-            let target = Target::new(&layout, queue, features, &disk, manners, (&kick, &call));
+            let target = Target::new(&layout, queue, features, &disk, manners[queue % manners.len()], (&kick, &call));
             if rng.chance(1, 2) {
                 world.add_actor(target);
             } else {
@@ -132,7 +133,24 @@ fn host(world: &mut World, place: usize, target: Target, rng: Rng) -> PollerId {
     })
 }
 
+thread_local! {
+    static PANICS: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Counts panics from now on. The bdev layer survives those of a module, and says so in the log only.
+fn count_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            PANICS.set(PANICS.get() + 1);
+            before(info);
+        }));
+    });
+}
+
 fn check_reactors(world: &mut World) {
+    assert_eq!(PANICS.get(), 0, "something panicked and was survived");
     for number in (0..world.reactors()).filter(|number| world.is_alive(*number)).collect::<Vec<_>>() {
         world.with(number, |reactor| {
             let layer = Layer::install(reactor, IOS);
@@ -184,7 +202,7 @@ fn run(seed: u64, scenario: &Scenario) -> (Tally, u64, u64) {
     let reactors = rng.between(1, 4) as usize;
     let mut world = World::new(seed, reactors);
     let queues = if scenario.any_queues { rng.between(1, 6) as usize } else { reactors };
-    let mut scene = Scene::new(&mut world, &mut rng, queues, scenario.manners);
+    let mut scene = Scene::new(&mut world, &mut rng, queues, &[scenario.manners]);
     scene.load(&mut world, &mut rng, scenario.allowed, 40);
     let early = scenario.allowed.removal && !(scenario.allowed.ends && rng.chance(1, 2));
     if early {

@@ -334,7 +334,9 @@ impl Target {
 
     fn finish(&mut self, index: usize, rng: &mut Rng) {
         let (fails, short) = (rng.chance(self.manners.fails, 1000), rng.chance(self.manners.shorts, 1000));
-        if !self.pending[index].moved && (!fails || rng.chance(1, 2)) {
+        // What a short answer leaves out of a read may never have come.
+        let missing = short && self.pending[index].kind == RequestType::IN;
+        if !self.pending[index].moved && !missing && (!fails || rng.chance(1, 2)) {
             self.transfer(index);
         }
         let request = self.pending.swap_remove(index);
