@@ -19,5 +19,10 @@ else
   minor=$(cargo --version | sed -n 's/^cargo 1\.\([0-9]*\)\..*/\1/p')
   [ "${minor:-0}" -ge 89 ] || lacks "$(cargo --version) is older than 1.89: install a newer Rust by rustup"
 fi
-command -v gcc >/dev/null || lacks "no gcc, which Rust links by (Debian: apt-get install gcc libc6-dev)"
+if ! command -v gcc >/dev/null; then
+  lacks "no gcc, which Rust links by (Debian: apt-get install gcc libc6-dev)"
+elif ! echo 'int main(void) { return 0; }' | gcc -x c - -lpthread -o /dev/null 2>/dev/null; then
+  # Debian's gcc only recommends them, and a container leaves recommendations out.
+  lacks "gcc cannot link a program: the C library's development files are not there (Debian: apt-get install libc6-dev)"
+fi
 exit $missing
