@@ -1,5 +1,5 @@
 # Thin: each target names what it needs and one command. A second `make` does only what changed.
-# From a clean clone: `make test` or `make demo`. Needed: Python >= 3.11 with venv, cargo (Rust >= 1.89), gcc, make.
+# From a clean clone: `make test` or `make demo`. Needed: Python >= 3.11 with venv, cargo (Rust >= 1.89), gcc that links, make.
 
 PYTHON ?= python3
 VENV   := .venv
