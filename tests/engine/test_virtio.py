@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +74,34 @@ def test_our_initiator_reads_what_it_wrote_through_our_target(driver: Any) -> No
     driver.wait(engine.bdev_unregister("virtio0"))
     base = driver.wait(engine.vhost_get_vring_base(session, 0))
     assert base > 0
+    driver.wait(engine.vhost_session_close(session))
+    driver.wait(engine.vhost_blk_delete("v0"))
+
+
+@pytest.mark.parametrize("wrong", ["kick", "call"])
+def test_a_notification_by_what_is_no_eventfd_is_refused_by_name_and_kept_nowhere(driver: Any, wrong: str) -> None:
+    engine = driver.engine
+    driver.malloc("m0", 4096, 512)
+    driver.wait(engine.vhost_blk_create("v0", "m0", num_queues=1))
+    session = driver.wait(engine.vhost_session_open("v0"))
+    config = engine.vhost_get_config(session)
+    memory = native.VirtioMemory(num_queues=1, queue_size=64)
+    good, (end, pipe) = os.eventfd(0), os.pipe()
+    before = len(os.listdir("/proc/self/fd"))
+    for fd, expected in [
+        (pipe, rf"^Invalid argument: {wrong} pipe:\[\d+\]: an eventfd$"),
+        (1 << 20, rf"^{wrong} 1048576: Bad file descriptor"),
+    ]:
+        kick, call = (fd, good) if wrong == "kick" else (good, fd)
+        with pytest.raises(native.EngineError) as caught:
+            engine.bdev_virtio_create("virtio0", features=VERSION_1, config=config, memory=memory, queues=[(64, kick, call)])
+        assert re.match(expected, caught.value.strerror), caught.value.strerror
+    deadline = time.monotonic() + 5  # a descriptor of somebody's is closed on a thread of its own
+    while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/fd")) == before
+    for fd in (good, end, pipe):
+        os.close(fd)
     driver.wait(engine.vhost_session_close(session))
     driver.wait(engine.vhost_blk_delete("v0"))
 

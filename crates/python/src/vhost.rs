@@ -117,16 +117,20 @@ pub fn duplicate(field: &str, fd: Number) -> Result<OwnedFd, Failure> {
     borrowed.try_clone_to_owned().map_err(|error| Failure::os(&format!("{field} {fd}"), &error))
 }
 
-/// A peer's eventfd. Anything else (a pipe, a file of a file system that never answers) could stall who notifies it.
-fn event(fd: Option<Number>) -> Result<Option<Event>, Failure> {
-    let Some(fd) = fd else { return Ok(None) };
-    let fd = duplicate("fd", fd)?;
-    let kind = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|error| Failure::os("kind of fd", &error))?;
+/// A peer's eventfd, duplicated. Anything else (a pipe, a file of a file system that never answers) could stall who notifies it.
+pub fn eventfd(field: &str, fd: Number) -> Result<Event, Failure> {
+    let fd = duplicate(field, fd)?;
+    let kind = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .map_err(|error| Failure::os(&format!("kind of {field}"), &error))?;
     if kind.as_os_str() != "anon_inode:[eventfd]" {
         qpair_memory::drop_apart(fd);
-        return Err(Failure::invalid("fd", kind.display(), "an eventfd"));
+        return Err(Failure::invalid(field, kind.display(), "an eventfd"));
     }
-    Ok(Some(Event::from_fd(fd)))
+    Ok(Event::from_fd(fd))
+}
+
+fn event(fd: Option<Number>) -> Result<Option<Event>, Failure> {
+    fd.map(|fd| eventfd("fd", fd)).transpose()
 }
 
 fn queue_index(queue: Number) -> Result<u16, Failure> {

@@ -1,18 +1,18 @@
 //! The virtio room: memory that a virtio-user initiator shares with its target, and the bdev over its rings.
 //!
-//! Python speaks vhost-user with the target; the memory's descriptor and ring addresses are what it tells it.
+//! Python speaks vhost-user with the target; the memory's descriptor and ring addresses are what it tells it. Kick and call
+//! descriptors must be eventfds: a reactor writes to the one and waits for the other.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use qpair_reactor::event::Event;
 use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
 
 use crate::bdev::register;
 use crate::engine::Engine;
 use crate::values::{Failure, Number};
-use crate::vhost::duplicate;
+use crate::vhost::eventfd;
 
 /// Shared memory (memfd) for rings and data of a virtio-user initiator, laid out by the engine.
 #[pyclass(frozen, module = "qpair._engine")]
@@ -59,7 +59,7 @@ impl VirtioMemory {
 
 fn queue_setup((size, kick, call): (Number, Number, Number)) -> Result<QueueSetup, Failure> {
     let size = size.within("queue_size", 1..=32768)? as u16;
-    Ok(QueueSetup { size, kick: Event::from_fd(duplicate("kick", kick)?), call: Event::from_fd(duplicate("call", call)?) })
+    Ok(QueueSetup { size, kick: eventfd("kick", kick)?, call: eventfd("call", call)? })
 }
 
 #[pymethods]

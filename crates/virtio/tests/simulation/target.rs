@@ -391,9 +391,9 @@ impl Target {
         match rng.below(4) {
             0 => self.push(*rng.pick(&[size, size + 1, 1 << 16 | u32::from(head), u32::MAX]), 1),
             1 => self.push(u32::from(head), *rng.pick(&[1 << 24, u32::MAX])),
-            // From what was published: what was not yet would make a small step back a step forward.
+            // By more than the ring has: less may take back what the driver has not seen yet, or show what was not published yet.
             2 => self.used_at = self.told_at.wrapping_add(self.size.get() + 1 + rng.below(1000) as u16),
-            _ => self.used_at = self.told_at.wrapping_sub(1 + rng.below(100) as u16),
+            _ => self.used_at = self.told_at.wrapping_sub(self.size.get() + 1 + rng.below(1000) as u16),
         }
         self.used_idx.store(self.used_at, Ordering::Release);
         self.call.notify();
