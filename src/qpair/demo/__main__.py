@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from pathlib import Path
 
 from qpair.demo.server import DemoFailed, DemoServer, heading
 
@@ -60,10 +62,11 @@ def on_this_machine() -> int:
 
 def print_qemu_line() -> None:
     heading("A virtual machine of yours, by hand")
+    command = "qpair" if shutil.which("qpair") else os.path.relpath(Path(sys.executable).with_name("qpair"))
     print(
-        """  $ qpair serve -m 0x1 -r /tmp/qpair.sock -S /tmp &
-  $ qpair rpc -s /tmp/qpair.sock bdev_malloc_create --name disk0 --num_blocks 524288 --block_size 512
-  $ qpair rpc -s /tmp/qpair.sock vhost_create_blk_controller --ctrlr disk0.sock --dev_name disk0
+        f"""  $ {command} serve -m 0x1 -r /tmp/qpair.sock -S /tmp &
+  $ {command} rpc -s /tmp/qpair.sock bdev_malloc_create --name disk0 --num_blocks 524288 --block_size 512
+  $ {command} rpc -s /tmp/qpair.sock vhost_create_blk_controller --ctrlr disk0.sock --dev_name disk0
   $ qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -numa node,memdev=mem \\
         -chardev socket,id=c0,path=/tmp/disk0.sock -device vhost-user-blk-pci,chardev=c0,num-queues=2 ...
 
