@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -162,3 +163,19 @@ def load(
     done = subprocess.run([sys.executable, "-m", "qpair.cli", *words], stdout=subprocess.PIPE, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def image_bench(socket: Path, count: int = 50_000) -> float:
+    """IOPS of ``qemu-img bench`` at depth 1, on the client's core: libblkio, asleep while it waits."""
+    from linux_guest import Guest, GuestPaths
+
+    guest = Guest(GuestPaths.default())
+    image = f"driver=virtio-blk-vhost-user,path={socket},cache.direct=on"
+    words = [*guest.qemu_command("qemu-img"), "bench", "-c", str(count), "-d", "1", "-s", "4096", "--image-opts", image]
+    command = ["taskset", "-c", str(cores()[1]), *words]
+    done = subprocess.run(command, env=guest.environment, stdout=subprocess.PIPE, check=True, text=True)
+    # Its last line: "Run completed in 0.812 seconds."
+    found = re.search(r"Run completed in ([0-9.]+) seconds", done.stdout)
+    if found is None:
+        raise RuntimeError(f"qemu-img bench said no time: {done.stdout[-200:]}")
+    return count / float(found[1])

@@ -180,7 +180,7 @@ pub trait Channel {
     /// Starts a batch. What can be finished at once is; the rest is pending.
     fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]);
 
-    /// The batch is over: ring doorbells. Called once after one or more `submit`s.
+    /// The batch is over: ring doorbells. Called once after one or more `submit`s that left something in flight.
     fn unplug(&mut self, _layer: &mut Layer, _reactor: &mut Reactor) {}
 
     /// Looks for completions; returns how many things were done. Only for [`Device::polled`] ones.

@@ -64,6 +64,15 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy> Shared<T> {
         unsafe { self.base.add(index).write_volatile(value) }
     }
 
+    /// Asks the cache for value `index`, if it exists, to be written: the other side's copy goes now and not when the store waits for it.
+    #[inline]
+    pub fn prefetch_write(&self, index: usize) {
+        if index < self.count {
+            // In the window, which is all that `wrapping_add` leaves to be shown.
+            crate::region::own_line(self.base.wrapping_add(index).cast());
+        }
+    }
+
     /// Asks the cache for value `index`, if it exists.
     #[inline]
     pub fn prefetch(&self, index: usize) {
@@ -92,6 +101,12 @@ impl SharedIndex {
             return Err(MemoryError::Misaligned { address: offset, alignment: 2 });
         }
         Ok(Self { at, _region: region.clone() })
+    }
+
+    /// Takes its cache line from the other side, for a store that will follow. See [`Shared::prefetch_write`].
+    #[inline]
+    pub fn prefetch_write(&self) {
+        crate::region::own_line(self.at.cast_mut().cast());
     }
 
     /// Loads; `Acquire` where what the index announces is read next.

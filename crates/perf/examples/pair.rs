@@ -66,8 +66,13 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn serve(target: &Arc<Target>, layout: &Arc<VirtioLayout>, queue: &QueueSetup, features: Features) -> Result<(), Box<dyn Error>> {
     let session = target.open("disk")?;
     let mapping = layout.mapping().clone();
-    let row =
-        MemoryRow { guest_address: 0, length: mapping.len() as u64, user_address: mapping.address() as u64, offset: 0, source: Source::Mapping(mapping) };
+    let row = MemoryRow {
+        guest_address: 0,
+        length: mapping.len() as u64,
+        user_address: mapping.address() as u64,
+        offset: 0,
+        source: Source::Mapping(mapping),
+    };
     let places = layout.queue_addresses(0).ok_or("no queue 0")?;
     let addresses = Addresses { desc: places.desc, avail: places.avail, used: places.used };
     let commands = [

@@ -1,4 +1,8 @@
 //! One reactor's part of a run: a poller that keeps `depth` I/Os in flight.
+//!
+//! What came back is sent out again first and booked afterwards, so that the device does not wait for our book-keeping. The clock is read
+//! once a batch, when the new one is out: an I/O's latency is the time between two such readings, hence never less than it was. Where
+//! content is verified it is read before, so that the verification is not counted.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -45,6 +49,18 @@ struct Worker {
     inflight: usize,
     reaped: Vec<IoId>,
     batch: Vec<IoId>,
+    /// When each I/O of the lease went out, by its position there.
+    sent_ns: Vec<u64>,
+    /// Positions of those that came back well, to be booked.
+    returned: Vec<u32>,
+    good: Good,
+}
+
+/// Successes of a batch.
+#[derive(Default)]
+struct Good {
+    reads: u64,
+    writes: u64,
 }
 
 /// Begins a worker on its reactor, or hands in why not.
@@ -136,6 +152,9 @@ impl Worker {
             inflight: 0,
             reaped: Vec::with_capacity(plan.depth as usize),
             batch: Vec::with_capacity(plan.depth as usize),
+            sent_ns: vec![0; plan.depth as usize],
+            returned: Vec::with_capacity(plan.depth as usize),
+            good: Good::default(),
             plan,
         }
     }
@@ -146,53 +165,58 @@ impl Worker {
         if self.plan.duration_ns > 0 {
             self.end_ns = now_ns.saturating_add(self.plan.duration_ns);
         }
+        self.sent_ns.fill(now_ns);
         let ids = std::mem::take(&mut self.lease.ids);
-        for id in &ids {
-            self.renew(layer, *id, now_ns);
+        for (position, id) in ids.iter().enumerate() {
+            self.renew(layer, *id, position as u64);
         }
         self.lease.ids = ids;
     }
 
-    /// Books what came back and fills in what goes out instead.
+    /// Looks at what came back and fills in what goes out instead. `turn_ns`: the turn's time, which is enough to see the end by.
     #[inline]
-    fn turn_over(&mut self, layer: &mut Layer, now_ns: u64) {
-        self.tally.max_gap_ns = self.tally.max_gap_ns.max(now_ns.saturating_sub(self.last_ns));
-        self.last_ns = now_ns;
+    fn turn_over(&mut self, layer: &mut Layer, turn_ns: u64) {
         self.inflight -= self.reaped.len();
-        if self.signals.stopped() || now_ns >= self.end_ns {
+        if self.signals.stopped() || turn_ns >= self.end_ns {
             self.left = 0;
         }
         let reaped = std::mem::take(&mut self.reaped);
-        let (mut submitted_ns, mut count) = (now_ns, 0);
-        let (mut good, mut reads, mut writes) = (0, 0, 0);
         for id in &reaped {
-            let frame = layer.retrieve(*id);
+            let position = layer.retrieve(*id).tag;
             let io = layer.io(*id);
             if io.status.is_error() {
-                self.failed(layer, *id, now_ns);
+                self.failed(layer, *id, position);
                 continue;
             }
-            if frame.tag != submitted_ns {
-                self.tally.record(now_ns.saturating_sub(submitted_ns), count);
-                (submitted_ns, count) = (frame.tag, 0);
-            }
-            count += 1;
-            good += 1;
-            reads += u64::from(io.op == Op::Read);
-            writes += u64::from(io.op == Op::Write);
-            if self.content.is_none() || self.looked_at(layer, *id, now_ns) {
-                self.renew(layer, *id, now_ns);
+            self.returned.push(position as u32);
+            self.good.reads += u64::from(io.op == Op::Read);
+            self.good.writes += u64::from(io.op == Op::Write);
+            if self.content.is_none() || self.looked_at(layer, *id, position) {
+                self.renew(layer, *id, position);
             }
         }
-        self.tally.record(now_ns.saturating_sub(submitted_ns), count);
         self.reaped = reaped;
         self.reaped.clear();
-        self.book(good, reads, writes, now_ns);
     }
 
-    /// Adds a batch to the figures, and publishes them.
+    /// Adds the batch that came back to the figures, and publishes them.
     #[inline]
-    fn book(&mut self, good: u64, reads: u64, writes: u64, now_ns: u64) {
+    fn book(&mut self, now_ns: u64) {
+        self.tally.max_gap_ns = self.tally.max_gap_ns.max(now_ns.saturating_sub(self.last_ns));
+        self.last_ns = now_ns;
+        let good = self.returned.len() as u64;
+        // Most of a batch went out together.
+        let (mut sent_ns, mut count) = (now_ns, 0);
+        for position in self.returned.drain(..) {
+            let sent = std::mem::replace(&mut self.sent_ns[position as usize], now_ns);
+            if sent != sent_ns {
+                self.tally.record(now_ns.saturating_sub(sent_ns), count);
+                (sent_ns, count) = (sent, 0);
+            }
+            count += 1;
+        }
+        self.tally.record(now_ns.saturating_sub(sent_ns), count);
+        let Good { reads, writes } = std::mem::take(&mut self.good);
         self.tally.ios += good;
         self.tally.reads += reads;
         self.tally.writes += writes;
@@ -209,7 +233,7 @@ impl Worker {
 
     /// Sends an I/O out to a new place, or leaves it with its holder when the run is over.
     #[inline]
-    fn renew(&mut self, layer: &mut Layer, id: IoId, now_ns: u64) {
+    fn renew(&mut self, layer: &mut Layer, id: IoId, position: u64) {
         if self.left == 0 {
             return;
         }
@@ -231,13 +255,13 @@ impl Worker {
             content.failed(io);
             return self.tally.wrong(error.to_string());
         }
-        io.push(self.lease.queue, now_ns);
+        io.push(self.lease.queue, position);
         self.batch.push(id);
     }
 
     /// Verifies an I/O that succeeded. False: it is on its way again, to read back what it wrote.
     #[cold]
-    fn looked_at(&mut self, layer: &mut Layer, id: IoId, now_ns: u64) -> bool {
+    fn looked_at(&mut self, layer: &mut Layer, id: IoId, position: u64) -> bool {
         let Some(content) = &mut self.content else { return true };
         let io = layer.io_mut(id);
         match content.finished(&self.lease.region, io) {
@@ -247,7 +271,7 @@ impl Worker {
                 true
             }
             Verdict::ReadBack => {
-                io.push(self.lease.queue, now_ns);
+                io.push(self.lease.queue, position);
                 self.batch.push(id);
                 false
             }
@@ -255,14 +279,15 @@ impl Worker {
     }
 
     #[cold]
-    fn failed(&mut self, layer: &mut Layer, id: IoId, now_ns: u64) {
+    fn failed(&mut self, layer: &mut Layer, id: IoId, position: u64) {
+        self.sent_ns[position as usize] = self.last_ns;
         if let Some(content) = &mut self.content {
             content.failed(layer.io(id));
         }
         // What a removal refuses is no fault of the device.
         if !self.signals.removed.load(Ordering::Relaxed) {
             self.tally.errors += 1;
-            self.renew(layer, id, now_ns);
+            self.renew(layer, id, position);
         } else {
             self.left = 0;
         }
@@ -294,11 +319,11 @@ impl Poller for Worker {
                 return 0;
             }
         }
-        let (now_ns, done) = (reactor.read_clock_ns(), self.reaped.len());
-        if self.began {
-            self.turn_over(&mut layer, now_ns);
-        } else {
-            self.first_batch(&mut layer, now_ns);
+        let done = self.reaped.len();
+        let early_ns = (!self.began || self.content.is_some()).then(|| reactor.read_clock_ns());
+        match early_ns {
+            Some(now_ns) if !self.began => self.first_batch(&mut layer, now_ns),
+            _ => self.turn_over(&mut layer, reactor.now_ns()),
         }
         if !self.batch.is_empty() {
             self.inflight += self.batch.len();
@@ -306,6 +331,7 @@ impl Poller for Worker {
             self.batch.clear();
             layer.unplug(reactor);
         }
+        self.book(early_ns.unwrap_or_else(|| reactor.read_clock_ns()));
         drop(layer);
         if self.inflight == 0 {
             self.finish(reactor);

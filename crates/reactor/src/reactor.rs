@@ -455,7 +455,12 @@ impl Reactor {
             return 0;
         };
         let id = slot.id;
-        let Some(mut poller) = slot.poller.take() else { return 0 };
+        let Some(mut poller) = slot.poller.take() else {
+            // Woken and only reserved: installing it wakes it again.
+            slot.wake.active.set(false);
+            self.active.retain(|other| *other != index);
+            return 0;
+        };
         let done = match catch_unwind(AssertUnwindSafe(|| poller.poll(self))) {
             Ok(done) => done,
             Err(panic) => {

@@ -56,10 +56,9 @@ pub(crate) struct Queue {
     inflight_region: Option<InflightQueue>,
     /// Heads a predecessor had not answered, to be submitted first.
     resubmit: Vec<u16>,
-    /// Where the newest request's header was.
+    /// Where the newest request's header was, and its status.
     header_at: Place,
-    /// How many requests came at once the last time.
-    newest_batch: u16,
+    status_at: Place,
     slots: Vec<Slot>,
     layer: Rc<RefCell<Layer>>,
     channel: ChannelId,
@@ -106,7 +105,7 @@ impl Queue {
             inflight_region,
             resubmit,
             header_at: Place::default(),
-            newest_batch: 0,
+            status_at: Place::default(),
             slots: vec![Slot::default(); usize::from(size)],
             layer,
             channel,
@@ -242,6 +241,9 @@ impl Queue {
             return 0;
         }
         let count = self.done.len();
+        if count == 1 {
+            self.ring.prefetch_used_idx();
+        }
         let used = self.ring.next_used();
         for position in 0..count {
             let id = self.done[position];
@@ -304,16 +306,11 @@ impl Queue {
         }
         let count = self.ring.waiting()?.min(CHUNK);
         if count == 0 {
-            // Of a driver that sends one at a time, what will come is fetched: entry, header and index then travel at once. From one
-            // that writes many, a line would be taken while it writes to it.
-            if self.newest_batch == 1 {
-                self.ring.prefetch_next();
-                let (region, offset) = self.memory.at(self.header_at);
-                region.prefetch(offset, 1);
-            }
             return Ok(0);
         }
-        self.newest_batch = count;
+        if count == 1 {
+            self.fetch_lone();
+        }
         for ahead in 0..count.min(AHEAD) {
             self.ring.prefetch(self.ring.peek(ahead));
         }
@@ -338,6 +335,17 @@ impl Queue {
         self.submit(layer, reactor);
         self.show(used);
         outcome.map(|()| usize::from(taken))
+    }
+
+    /// Of a request that came alone, all lines are asked for at once: where the last one's header was is read next, where its status was and
+    /// the used entry are written last. They travel while it is worked on. Of many, the processor finds enough to do meanwhile.
+    #[inline]
+    fn fetch_lone(&self) {
+        let (region, offset) = self.memory.at(self.header_at);
+        region.prefetch(offset, 1);
+        let (region, offset) = self.memory.at(self.status_at);
+        region.prefetch_write(offset);
+        self.ring.prefetch_used();
     }
 
     fn take_resubmitted(&mut self, layer: &mut Layer, reactor: &mut Reactor) -> Result<usize, Broken> {
@@ -384,7 +392,7 @@ impl Queue {
             if let Some(op) = usual(&request)
                 && self.fits_blocks(op, &request)
             {
-                self.header_at = request.header_at.unwrap_or_default();
+                (self.header_at, self.status_at) = (request.header_at.unwrap_or_default(), request.status);
                 let written = prepare::fill(io, op, &request, self.block_shift);
                 io.push(self.completions, u64::from(head));
                 self.slots[usize::from(head)] = Slot { status: request.status, written, pending: 1, failed: None };

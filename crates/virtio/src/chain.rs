@@ -140,10 +140,11 @@ impl Chains {
         self.statuses.load(usize::from(slot))
     }
 
-    /// Brings a status byte nearer.
+    /// Brings a slot's status nearer, to be read, and its header, to be written.
     #[inline]
-    pub(crate) fn prefetch_status(&self, slot: u16) {
+    pub(crate) fn prefetch(&self, slot: u16) {
         self.statuses.prefetch(usize::from(slot));
+        self.headers.prefetch_write(usize::from(slot));
     }
 }
 

@@ -330,6 +330,9 @@ impl Channel for VirtioChannel {
             batch.iter().for_each(|id| layer.complete(*id, Status::INTERNAL_DEVICE_ERROR));
             return;
         }
+        if batch.len() == 1 {
+            self.ring.prefetch_avail_idx();
+        }
         for id in batch {
             self.start(layer, *id);
         }
@@ -348,13 +351,13 @@ impl Channel for VirtioChannel {
         }
         let count = self.ring.waiting();
         if count == 0 || self.lost {
-            // Where one request is under way, what will come is fetched: entry, status and index then travel at once. Where many are, a
-            // line would be taken from the device while it writes to it.
-            if self.inflight == 1 {
-                self.ring.prefetch_next();
-                self.chains.prefetch_status(self.newest);
-            }
             return 0;
+        }
+        if count == 1 {
+            // All lines at once: the status is read next, and the one after it will most likely write this slot's header and the next
+            // avail entry. They travel while the completion is passed on.
+            self.chains.prefetch(self.newest);
+            self.ring.prefetch_avail();
         }
         let mut outcome = Ok(());
         if count > self.inflight {

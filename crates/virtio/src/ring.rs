@@ -74,6 +74,12 @@ impl Ring {
         Position { avail: self.avail_at, used: self.used_at }
     }
 
+    /// Takes the avail index's line from the device that looks at it, shortly before [`publish`](Self::publish): the store then waits less.
+    #[inline]
+    pub(crate) fn prefetch_avail_idx(&self) {
+        self.avail_idx.prefetch_write();
+    }
+
     /// Adds a chain to the batch. The caller has at most as many chains under way as the ring has entries.
     #[inline]
     pub(crate) fn add(&mut self, head: u16) {
@@ -115,10 +121,10 @@ impl Ring {
         self.used_idx.load(Ordering::Acquire).wrapping_sub(self.used_at)
     }
 
-    /// Brings the entry that the device will write next nearer.
+    /// Brings the avail entry that will be written next nearer.
     #[inline]
-    pub(crate) fn prefetch_next(&self) {
-        self.used.prefetch(usize::from(self.size.slot(self.used_at)));
+    pub(crate) fn prefetch_avail(&self) {
+        self.avail.prefetch_write(usize::from(self.size.slot(self.avail_at)));
     }
 
     /// The next used entry: id and length. Only as many times as [`waiting`](Self::waiting) said.

@@ -363,11 +363,12 @@ impl Layer {
         self.complete(id, status);
     }
 
-    /// Passes I/Os that are booked in flight to their channel.
+    /// Passes I/Os that are booked in flight to their channel. One that finished all it had has no doorbell to ring.
     #[inline]
     fn dispatch(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
         self.with_channel(reactor, channel, |module, layer, reactor| module.submit(layer, reactor, batch));
         if let Some(slot) = &mut self.slots[channel.0 as usize]
+            && slot.inflight > 0
             && !slot.plugged
         {
             slot.plugged = true;
