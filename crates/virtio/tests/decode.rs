@@ -25,7 +25,8 @@ fn check(info: &Info, features: u64, bytes: &[u8]) {
     let blk = BlkFeatures::from_bits_retain(features);
     let capacity = u64::from_le_bytes(bytes[..8].try_into().unwrap());
     let limit = |at: usize, feature| {
-        let number = bytes.get(at..at + 4).map_or(0, |bytes| u32::from_le_bytes(bytes.try_into().unwrap()));
+        // What is missing reads as zero, also of a field that ends in its middle.
+        let number = u32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes.get(at + byte).copied().unwrap_or(0)));
         if blk.contains(feature) && number > 0 { u64::from(number) } else { u64::from(u32::MAX) }
     };
     info.check().unwrap();
