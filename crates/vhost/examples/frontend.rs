@@ -53,16 +53,17 @@ struct Plan {
     event_idx: bool,
     /// A region of memory for each ring, announced one by one where the target can.
     many_regions: bool,
-    inflight: bool,
+    /// Entries for which an inflight region is made; 0 for none. Firmware's rings are larger than that sometimes.
+    inflight: u16,
 }
 
 const SESSIONS: [Plan; 6] = [
-    Plan { entries: 64, event_idx: true, many_regions: false, inflight: false },
-    Plan { entries: 1, event_idx: false, many_regions: true, inflight: true },
-    Plan { entries: 2, event_idx: true, many_regions: true, inflight: false },
-    Plan { entries: 16, event_idx: false, many_regions: false, inflight: true },
-    Plan { entries: 256, event_idx: true, many_regions: true, inflight: true },
-    Plan { entries: 32768, event_idx: true, many_regions: false, inflight: false },
+    Plan { entries: 64, event_idx: true, many_regions: false, inflight: 0 },
+    Plan { entries: 1, event_idx: false, many_regions: true, inflight: 1 },
+    Plan { entries: 2, event_idx: true, many_regions: true, inflight: 0 },
+    Plan { entries: 16, event_idx: false, many_regions: false, inflight: 16 },
+    Plan { entries: 256, event_idx: true, many_regions: true, inflight: 128 },
+    Plan { entries: 32768, event_idx: true, many_regions: false, inflight: 0 },
 ];
 
 fn main() -> Outcome<()> {
@@ -293,8 +294,8 @@ impl Session {
         master.set_features(features)?;
         let config = read_config(&mut master, plain)?;
         let queues = (master.get_queue_num()? as usize).min(QUEUES);
-        let inflight = plan.inflight && (!plain || offered.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
-        let inflight = if inflight { Some(share_inflight(&mut master, queues, plan.entries)?) } else { None };
+        let inflight = plan.inflight > 0 && (!plain || offered.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
+        let inflight = if inflight { Some(share_inflight(&mut master, queues, plan.inflight)?) } else { None };
 
         let size = RingSize::new(plan.entries.into()).ok_or("ring size")?;
         let each = Driver::bytes(size, SLOTS).next_multiple_of(4096);

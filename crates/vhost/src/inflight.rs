@@ -72,6 +72,11 @@ impl Inflight {
         InflightQueue::new(&Region::new(self.mapping.clone()), base, entries, size).map_err(|error| Broken::Inflight(error.to_string()))
     }
 
+    /// The largest ring that it can track.
+    pub(crate) fn queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
     pub(crate) fn is_dead(&self) -> bool {
         self.mapping.is_dead()
     }

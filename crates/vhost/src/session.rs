@@ -530,7 +530,8 @@ impl Session {
                 kick: twin(&ring.kick)?,
                 call: twin(&ring.call)?,
                 err: twin(&ring.err)?,
-                inflight: self.inflight.clone(),
+                // Firmware may make a ring larger than its machine said when it had the region made: it runs untracked.
+                inflight: self.inflight.clone().filter(|region| region.queue_size() >= size.get()),
                 stats: ring.stats.clone(),
                 failed: self.failed.clone(),
             });
