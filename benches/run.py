@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import servers
+from quiet import Quiet
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 5
@@ -47,12 +48,18 @@ class Report:
         self.add(name, "not measured", why)
 
 
+@cache
+def moments() -> Quiet:
+    """The probe, made when the first figure asks for it."""
+    return Quiet(list(servers.cores()))
+
+
 def medians(*sources: Callable[[], float]) -> list[list[float]]:
-    """Each source measured `ROUNDS` times, in turn; the values of each, sorted."""
+    """Each source measured `ROUNDS` times, in turn, in quiet moments; the values of each, sorted."""
     values: list[list[float]] = [[] for _ in sources]
     for _ in range(ROUNDS):
         for kept, source in zip(values, sources, strict=True):
-            kept.append(source())
+            kept.append(moments().measure(source))
     return [sorted(kept) for kept in values]
 
 
@@ -198,8 +205,12 @@ def idle(report: Report) -> None:
         pairs = []
         for number in range(PAIRS):
             order = (alone, among) if number % 2 == 0 else (among, alone)
-            found = {socket: float(servers.load(f"vhost:{socket}", depth=32, seconds=0.5)["iops"]) for socket in order}
-            pairs.append((found[alone], found[among]))
+
+            def once(order: tuple[Path, Path] = order) -> tuple[float, float]:
+                found = {socket: float(servers.load(f"vhost:{socket}", depth=32, seconds=0.5)["iops"]) for socket in order}
+                return found[alone], found[among]
+
+            pairs.append(moments().pair(once))
     costs = sorted(1 - crowded / empty for empty, crowded in pairs)
     report.raw["idle"] = {"shares": shares, "resident_mb": resident, "pairs": pairs}
     report.add(f"idle, {IDLE_DISKS} disks attached: one core's share", f"{shares[0]:.2%}", "under 1 %", shares[0] < 0.01)
@@ -294,6 +305,8 @@ def main() -> int:
     for name in options.figures or FIGURES:
         print(name, flush=True)
         FIGURES[name](report)
+    report.raw["moments"] = moments().summary()
+    print(moments().summary())
     if options.json:
         options.json.write_text(json.dumps(report.raw, indent=1))
     return 0
