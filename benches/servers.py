@@ -141,7 +141,7 @@ def storage_daemon(folder: Path, node: str) -> Iterator[Path]:
 
 
 def load(
-    target: str, *, seconds: float = 1.0, depth: int, pattern: str = "randread", size: str = "4KiB", core: int | None = None
+    target: str, *, seconds: float = 0.5, depth: int, pattern: str = "randread", size: str = "4KiB", core: int | None = None
 ) -> dict[str, Any]:
     """``qpair perf TARGET --json`` on the client's core (or another)."""
     chosen = cores()[1] if core is None else core

@@ -17,6 +17,7 @@
 //!
 //! Limits. At most [`fault::MAPPINGS_MAX`] shared mappings at once, because the signal handler walks a fixed table.
 
+mod copy;
 pub mod fault;
 mod guest;
 mod mapping;

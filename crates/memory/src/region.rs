@@ -131,9 +131,9 @@ impl Region {
     pub fn copy_from(&self, offset: u64, source: &Region, source_offset: u64, length: u64) -> Result<(), MemoryError> {
         let into = self.pointer(offset, length)?;
         let from = source.pointer(source_offset, length)?;
-        // SAFETY: both are good for `length` bytes; `copy` allows overlap; no references to either exist. Racing
-        // writes by the other side give mixed data, which is the other side's own.
-        unsafe { std::ptr::copy(from, into, length as usize) };
+        // SAFETY: both are good for `length` bytes; no references to either exist. Racing writes by the other side give
+        // mixed data, which is the other side's own.
+        unsafe { crate::copy::copy(from, into, length as usize) };
         Ok(())
     }
 }
