@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 #: A pace below this part of the best one seen is a disturbance.
 FULL = 0.93
 #: How long to wait for quiet moments in a whole run, and how often to measure one value.
-PATIENCE_S = 300.0
+PATIENCE_S = 180.0
 TRIES = 6
 
 
