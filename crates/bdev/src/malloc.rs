@@ -15,7 +15,7 @@ use crate::{BdevError, Channel, ChannelId, Device, Info, Io, IoId, Layer, Op, Op
 /// How many I/Os ahead the first lines of a block are fetched.
 const AHEAD: usize = 2;
 /// How many I/Os are copied before they are completed: so few that their data leave them in the cache.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = 8;
 /// How many lines of 64 bytes are fetched ahead; the hardware follows from there.
 const LINES: u64 = 16;
 
