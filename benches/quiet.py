@@ -33,7 +33,7 @@ class Quiet:
         self.repeated = 0
         self.disturbed = 0
         subprocess.run(
-            ["cargo", "build", "--quiet", "--release", "-p", "qpair-memory", "--example", "pace"],
+            ["cargo", "build", "--quiet", "--release", "-p", "qpair-reactor", "--example", "pace"],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             check=True,

@@ -4,10 +4,9 @@
 
 use std::error::Error;
 use std::sync::Arc;
-use std::sync::mpsc;
 
 use qpair_bdev::{Device, Registry, malloc::Malloc, null::Null};
-use qpair_perf::{Spec, start};
+use qpair_perf::{Spec, run};
 use qpair_reactor::driver::Choice;
 use qpair_reactor::{Config, ReactorId, thread};
 
@@ -32,9 +31,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     registry.register(device)?;
     if module == "malloc" {
         // Pages that were never written are all one page of zeros: that would measure the cache.
-        run(&registry, &Spec { pattern: "write".parse()?, max_ios: BLOCKS, io_bytes: 4096, ..Spec::new("bench") })?;
+        run(&registry, Spec { pattern: "write".parse()?, max_ios: BLOCKS, io_bytes: 4096, ..Spec::new("bench") })?;
     }
-    let report = run(&registry, &Spec { pattern: pattern.parse()?, depth, duration_ms, ..Spec::new("bench") })?;
+    let report = run(&registry, Spec { pattern: pattern.parse()?, depth, duration_ms, ..Spec::new("bench") })?;
     println!(
         r#"{{"module":"{module}","pattern":"{pattern}","depth":{depth},"iops":{:.0},"mean_ns":{:.1},"p50_ns":{},"p99_ns":{},"p99.9_ns":{},"max_ns":{},"errors":{}}}"#,
         report.iops(),
@@ -46,13 +45,4 @@ fn main() -> Result<(), Box<dyn Error>> {
         report.errors
     );
     Ok(())
-}
-
-fn run(registry: &Arc<Registry>, spec: &Spec) -> Result<qpair_perf::Report, Box<dyn Error>> {
-    let (send, receive) = mpsc::channel();
-    let done = Box::new(move |outcome| {
-        let _ = send.send(outcome);
-    });
-    start(registry, registry.reactors(), spec.clone(), done)?;
-    Ok(receive.recv()??)
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use qpair_bdev::{Device, Registry, malloc::Malloc, null::Null};
-use qpair_perf::{Spec, start};
+use qpair_perf::{Spec, run};
 use qpair_reactor::driver::Choice;
 use qpair_reactor::event::Event;
 use qpair_reactor::{Config, ReactorId, thread};
@@ -48,9 +48,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     if module == "malloc" {
         // Pages that were never written are all one page of zeros: that would measure the cache.
-        run(&registry, &Spec { pattern: "write".parse()?, max_ios: BLOCKS, io_bytes: 4096, ..Spec::new("pair") })?;
+        run(&registry, Spec { pattern: "write".parse()?, max_ios: BLOCKS, io_bytes: 4096, ..Spec::new("pair") })?;
     }
-    let report = run(&registry, &Spec { depth, duration_ms, ..Spec::new("pair") })?;
+    let report = run(&registry, Spec { depth, duration_ms, ..Spec::new("pair") })?;
     println!(
         r#"{{"module":"{module}","depth":{depth},"iops":{:.0},"mean_ns":{:.1},"p50_ns":{},"p99_ns":{},"errors":{}}}"#,
         report.iops(),
@@ -89,13 +89,4 @@ fn serve(target: &Arc<Target>, layout: &Arc<VirtioLayout>, queue: &QueueSetup, f
         receive.recv()??;
     }
     Ok(())
-}
-
-fn run(registry: &Arc<Registry>, spec: &Spec) -> Result<qpair_perf::Report, Box<dyn Error>> {
-    let (send, receive) = mpsc::channel();
-    let done = Box::new(move |outcome| {
-        let _ = send.send(outcome);
-    });
-    start(registry, registry.reactors(), spec.clone(), done)?;
-    Ok(receive.recv()??)
 }

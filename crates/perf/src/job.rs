@@ -1,7 +1,7 @@
 //! A run: its start on each reactor, its counters, its end.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use qpair_bdev::{Descriptor, Notice, Registry};
 use qpair_reactor::Handle;
@@ -99,6 +99,17 @@ pub fn start(registry: &Arc<Registry>, reactors: &[Handle], spec: Spec, done: Do
         handle.call(move |reactor| worker::begin(reactor, plan, ticket, signals, counters));
     }
     Ok(Arc::new(Job { signals, counters }))
+}
+
+/// Runs on all the registry's reactors and waits for the end. Not for a reactor's own thread, which would wait for itself.
+pub fn run(registry: &Arc<Registry>, spec: Spec) -> Result<Report, BdevError> {
+    let (send, receive) = mpsc::channel();
+    let done = Box::new(move |outcome| {
+        // Who waits is a few lines below.
+        let _ = send.send(outcome);
+    });
+    start(registry, registry.reactors(), spec, done)?;
+    receive.recv().unwrap_or_else(|_| unreachable!("`done` is called exactly once"))
 }
 
 struct Outcomes {

@@ -31,7 +31,7 @@ mod spec;
 pub mod verify;
 mod worker;
 
-pub use job::{Job, Snapshot, start};
+pub use job::{Job, Snapshot, run, start};
 pub use report::{ReactorShare, Report};
 pub use spec::{DEPTH_MAX, IO_BYTES_MAX, Pattern, Spec};
 

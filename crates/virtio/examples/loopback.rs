@@ -7,11 +7,10 @@
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
 
 use qpair_bdev::Registry;
 use qpair_memory::{Mapping, Region, Shared, SharedIndex};
-use qpair_perf::{Spec, start};
+use qpair_perf::{Spec, run};
 use qpair_reactor::driver::Choice;
 use qpair_reactor::event::Event;
 use qpair_reactor::{Config, Poller, Reactor, ReactorId, thread};
@@ -46,12 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let features = (Features::VERSION_1 | Features::INDIRECT_DESC).bits();
     let registry = Registry::new(vec![client.handle().clone()]);
     registry.register(Arc::new(VirtioBlk::new("loop", layout, features, &config, vec![queue])?))?;
-    let (send, receive) = mpsc::channel();
-    let done = Box::new(move |outcome| {
-        let _ = send.send(outcome);
-    });
-    start(&registry, registry.reactors(), Spec { depth, duration_ms, ..Spec::new("loop") }, done)?;
-    let report = receive.recv()??;
+    let report = run(&registry, Spec { depth, duration_ms, ..Spec::new("loop") })?;
     stop.store(true, Ordering::Relaxed);
     println!(
         r#"{{"depth":{depth},"queue_size":{size},"iops":{:.0},"mean_ns":{:.1},"p50_ns":{},"p99_ns":{},"errors":{}}}"#,
