@@ -245,23 +245,6 @@ async def test_a_file_is_made_at_a_size_and_keeps_what_was_written(stack: Any, t
     assert path.stat().st_size == 4 << 20
 
 
-async def test_events_tell_of_bdevs_that_come_and_go(stack: Any) -> None:
-    seen: list[tuple[str, str]] = []
-
-    async def watch() -> None:
-        async for event in stack.events():
-            seen.append((event.kind, event.name))
-
-    task = asyncio.ensure_future(watch())
-    await asyncio.sleep(0)
-    await stack.null("n", "1MiB")
-    await stack.bdevs.resize("n", "2MiB")
-    await stack.delete("n")
-    await asyncio.sleep(0.05)
-    task.cancel()
-    assert [entry for entry in seen if entry[0] != "removing"] == [("added", "n"), ("resized", "n"), ("removed", "n")]
-
-
 async def test_bdev_get_bdevs_waits_for_one_that_is_yet_to_come(stack: Any) -> None:
     waiting = asyncio.ensure_future(stack.rpc("bdev_get_bdevs", name="late", timeout=5000))
     await asyncio.sleep(0.01)

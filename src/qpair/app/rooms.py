@@ -21,7 +21,7 @@ ROOMS: tuple[tuple[str, str, str], ...] = (
     ("vhost", "qpair.vhost.control", "VhostSubsystem"),
 )
 
-RPC_MODULES = ("qpair.app.rpc", "qpair.bdev.rpc", "qpair.virtio.rpc", "qpair.vhost.rpc")
+RPC_MODULES = ("qpair.app.rpc", "qpair.bdev.rpc", "qpair.bdev.rpc_events", "qpair.virtio.rpc", "qpair.vhost.rpc")
 
 
 def make_subsystems() -> tuple[list[Subsystem], dict[str, Any]]:

@@ -18,7 +18,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qpair.app.bridge import Bridge
@@ -29,9 +29,10 @@ from qpair.app.subsystems import ConfigEntry, Subsystem, order
 from qpair.errors import Busy, ForkedStack, NoSuchDevice, StackStopped, from_engine
 
 if TYPE_CHECKING:
-    from qpair._engine import BdevEvent, Engine
+    from qpair._engine import Engine
     from qpair.bdev.client import BdevHandle, OpenBdev
     from qpair.bdev.control import BdevSubsystem
+    from qpair.bdev.events import EventReader
     from qpair.bdev.perf import PerfResult, PerfRun
     from qpair.bdev.python import Bdev
     from qpair.rpc.server import RpcServer
@@ -42,8 +43,6 @@ __all__ = ["Stack"]
 
 State = Literal["new", "startup", "runtime", "stopping", "stopped"]
 EngineFactory = Callable[..., "Engine"]
-
-EVENTS_KEPT = 1024
 
 logger = logging.getLogger("qpair.app")
 
@@ -331,21 +330,10 @@ class Stack:
         """As `perf`, and wait for the result."""
         return await (await self.perf(bdev, **options)).result()
 
-    async def events(self) -> AsyncIterator[BdevEvent]:
-        """Bdevs that appear, go, change size or fail, as they do. The last 1024 are kept for a slow reader; then the oldest are dropped."""
-        queue: asyncio.Queue[BdevEvent] = asyncio.Queue(EVENTS_KEPT)
-
-        def put(event: BdevEvent) -> None:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(event)
-
-        stop = self.bridge.subscribe_bdev(put)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            stop()
+    def events(self) -> EventReader:
+        """``async for event in stack.events()``: bdevs that appear, vanish, change size, fail or are throttled, from this call on; see `qpair.bdev.events`.
+        It ends when the stack stops. The last 1024 are kept for a slow reader, who is told by a `Lost` how many it missed."""
+        return self.bdevs.events.subscribe()
 
 
 def _name(bdev: str | BdevHandle) -> str:

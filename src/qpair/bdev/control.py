@@ -19,6 +19,7 @@ import msgspec
 from qpair.app.sizes import parse_size
 from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.bdev.client import BdevHandle
+from qpair.bdev.events import EventBus
 from qpair.bdev.model import BdevInfo, BdevModule, describe
 from qpair.errors import InvalidArgument, NoSuchBdev, NoSuchDevice, from_engine, from_errno
 
@@ -72,6 +73,7 @@ class BdevSubsystem(Subsystem):
         self._stack: Stack | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self.records: dict[str, Record] = {}
+        self.events = EventBus()
         self._python: dict[str, PythonBdevRunner] = {}
         self._changed: set[asyncio.Future[None]] = set()
         self._modules: dict[str, BdevModule] = {}
@@ -89,6 +91,7 @@ class BdevSubsystem(Subsystem):
     async def start(self, stack: Stack) -> None:
         """Listen to the engine's bdev events."""
         self._stack = stack
+        self.events.open(asyncio.get_running_loop())
         self._unsubscribe = stack.bridge.subscribe_bdev(self._on_event)
 
     async def stop(self, stack: Stack, deadline_ms: int) -> None:
@@ -96,6 +99,7 @@ class BdevSubsystem(Subsystem):
         for name in tuple(self._python):
             await self.delete(name, deadline_ms=deadline_ms)
         self._unsubscribe()
+        self.events.close()
 
     def config(self, stack: Stack) -> list[ConfigEntry]:
         entries = stack.inert.config(self.name)
@@ -112,9 +116,16 @@ class BdevSubsystem(Subsystem):
             self.records.pop(event.name, None)
             if (runner := self._python.pop(event.name, None)) is not None:
                 runner.close()
+        self.events.on_engine(event, self._size_bytes)
         for waiter in tuple(self._changed):
             if not waiter.done():
                 waiter.set_result(None)
+
+    def _size_bytes(self, name: str) -> int | None:
+        try:
+            return self.info(name).size_bytes
+        except NoSuchBdev:
+            return None
 
     @property
     def stack(self) -> Stack:
