@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
+from errno import ENODEV
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -74,6 +75,7 @@ class BdevSubsystem(Subsystem):
         self._unsubscribe: Callable[[], None] = lambda: None
         self.records: dict[str, Record] = {}
         self.events = EventBus()
+        self._lowest: dict[str, int] = {}
         self._python: dict[str, PythonBdevRunner] = {}
         self._changed: set[asyncio.Future[None]] = set()
         self._modules: dict[str, BdevModule] = {}
@@ -114,6 +116,7 @@ class BdevSubsystem(Subsystem):
     def _on_event(self, event: BdevEvent) -> None:
         if event.kind == "removed":
             self.records.pop(event.name, None)
+            self._freed(event.name)
             if (runner := self._python.pop(event.name, None)) is not None:
                 runner.close()
         self.events.on_engine(event, self._size_bytes)
@@ -142,13 +145,15 @@ class BdevSubsystem(Subsystem):
 
     def info(self, name: str) -> BdevInfo:
         """The bdev of that name, alias or UUID; `NoSuchBdev`."""
-        infos = self.infos()
-        for info in infos:
-            if info.name == name:
-                return info
-        for info in infos:
-            if name in info.aliases:
-                return info
+        engine = self.stack.engine
+        try:
+            return BdevInfo.of(engine.bdev_info(name)[0])
+        except OSError as error:
+            if error.errno != ENODEV:
+                raise from_engine(error) from error
+        for raw in engine.bdev_info():
+            if name == raw["uuid"] or name in raw["aliases"]:
+                return BdevInfo.of(raw)
         raise NoSuchBdev(f"no bdev is named {name!r:.256}")
 
     def describe(self, info: BdevInfo) -> dict[str, Any]:
@@ -302,8 +307,27 @@ class BdevSubsystem(Subsystem):
         return BdevHandle(self.stack, name)
 
     def _free_name(self, prefix: str) -> str:
-        taken = {info.name for info in self.infos()}
-        return next(f"{prefix}{number}" for number in range(len(taken) + 1) if f"{prefix}{number}" not in taken)
+        """The lowest number that no bdev of that prefix has. All below what is remembered are taken."""
+        number = self._lowest.get(prefix, 0)
+        while self._exists(f"{prefix}{number}"):
+            number += 1
+        self._lowest[prefix] = number
+        return f"{prefix}{number}"
+
+    def _exists(self, name: str) -> bool:
+        try:
+            self.stack.engine.bdev_info(name)
+        except OSError as error:
+            if error.errno != ENODEV:
+                raise from_engine(error) from error
+            return False
+        return True
+
+    def _freed(self, name: str) -> None:
+        for prefix, lowest in self._lowest.items():
+            number = name.removeprefix(prefix)
+            if number.isdecimal() and number.isascii() and len(number) < 20:
+                self._lowest[prefix] = min(lowest, int(number))
 
     # -- changing ---------------------------------------------------------------------------------
 
