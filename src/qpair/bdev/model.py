@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -113,6 +114,13 @@ class BdevModule(Protocol):
         ...
 
 
+@cache
+def _io_types(supported: tuple[tuple[str, bool], ...]) -> dict[str, bool]:
+    """Kept, for a thousand bdevs of one kind support the same."""
+    known = dict(supported)
+    return {name: bool(known.get(name, False)) for name in IO_TYPES}
+
+
 def describe(info: BdevInfo, module: BdevModule | None, hints: Mapping[str, int]) -> dict[str, Any]:
     """One element of bdev_get_bdevs. ``hints``: what its maker said of preferred sizes, in blocks; 0 where nothing was said."""
     shown: dict[str, Any] = {
@@ -129,7 +137,7 @@ def describe(info: BdevInfo, module: BdevModule | None, hints: Mapping[str, int]
     if info.claimed_by is not None:
         shown["claim_type"] = "exclusive_write"
     shown["zoned"] = False
-    shown["supported_io_types"] = {name: bool(info.supported.get(name, False)) for name in IO_TYPES}
+    shown["supported_io_types"] = dict(_io_types(tuple(info.supported.items())))
     shown["driver_specific"] = module.driver_specific(info) if module is not None else {}
     return shown
 

@@ -9,6 +9,7 @@ States, as SPDK has them: *startup* (after ``--wait-for-rpc``, before ``framewor
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -22,6 +23,12 @@ __all__ = ["REGISTRY", "Method", "Params", "Registry", "method", "schema_type"]
 
 class Params(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Base of all parameter objects: keyword-only, unknown names refused."""
+
+
+@cache
+def _fields(params: type[Params]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """msgspec evaluates every annotation at each call, which costs more than most methods do."""
+    return msgspec.structs.fields(params)
 
 
 P = TypeVar("P", bound=Params)
@@ -41,7 +48,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 
     def fields(self) -> tuple[msgspec.structs.FieldInfo, ...]:
         """The declared parameters, in order."""
-        return msgspec.structs.fields(self.params) if self.params is not None else ()
+        return _fields(self.params) if self.params is not None else ()
 
     def decode(self, raw: Any) -> Params | None:
         """``raw`` (absent: None) as this method's parameters; `InvalidParameters` names what is wrong."""
