@@ -6,7 +6,7 @@ use qpair_reactor::Reactor;
 use uuid::Uuid;
 
 use crate::layer::ZEROS;
-use crate::{BdevError, Buffer, ChannelId, IoId, Layer, Op};
+use crate::{BdevError, Buffer, ChannelId, FRAMES_MAX, Hold, IoId, Layer, Op};
 
 /// A set of operations.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -76,8 +76,10 @@ pub struct Info {
     pub supported: OpSet,
     /// The file behind it, if any.
     pub path: Option<String>,
-    /// How many bdevs lie below it.
+    /// How many bdevs lie below it, one upon the other.
     pub depth: u8,
+    /// The bdevs right below it, by name.
+    pub bases: Vec<String>,
     /// Counts changes.
     pub version: u64,
 }
@@ -105,7 +107,24 @@ impl Info {
             supported: OpSet::of(&[Op::Read, Op::Write, Op::Reset]),
             path: None,
             depth: 0,
+            bases: Vec::new(),
             version: 1,
+        }
+    }
+
+    /// A device that looks like the one it stands on. Limits are left out: the layer splits for whom they concern.
+    pub fn over(base: &Info, name: &str, module: &'static str) -> Self {
+        Self {
+            physical_block_size: base.physical_block_size,
+            write_unit_blocks: base.write_unit_blocks,
+            optimal_io_boundary: base.optimal_io_boundary,
+            metadata_bytes: base.metadata_bytes,
+            readonly: base.readonly,
+            write_cache: base.write_cache,
+            supported: base.supported,
+            depth: base.depth.saturating_add(1),
+            bases: vec![base.name.clone()],
+            ..Self::new(name, module, base.block_size, base.num_blocks)
         }
     }
 
@@ -124,6 +143,9 @@ impl Info {
         if self.physical_block_size < self.block_size || !self.physical_block_size.is_multiple_of(self.block_size) {
             return Err(BdevError::invalid("physical_block_size", self.physical_block_size, "a multiple of block_size"));
         }
+        if usize::from(self.depth) >= FRAMES_MAX {
+            return Err(BdevError::invalid("base_bdev", self.bases.join(", "), format!("at most {} bdevs below a bdev", FRAMES_MAX - 1)));
+        }
         let unit = self.write_unit_blocks;
         let limit = ZEROS as u32 / self.block_size;
         if unit == 0 || unit > limit {
@@ -141,6 +163,15 @@ impl Info {
     pub fn bytes(&self) -> u64 {
         self.num_blocks * u64::from(self.block_size)
     }
+}
+
+/// What becomes of a device whose base is going away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It goes first.
+    Goes,
+    /// It does without.
+    Stays,
 }
 
 /// A storage device, shared by all reactors. Dropped when removed and the last channel is gone.
@@ -164,6 +195,17 @@ pub trait Device: Send + Sync {
     /// Looks again how large it is, in blocks, where somebody else may change that.
     fn rescan(&self) -> Result<u64, BdevError> {
         Err(BdevError::Unsupported(format!("{} cannot be rescanned", self.info().name)))
+    }
+
+    /// A bdev that it stands on is going away. Either it goes too, which is what most do: the layer sees to that; or it does without,
+    /// and drops `hold` when it has closed its channels there.
+    fn base_removing(&self, _base: &str, _hold: Hold) -> Fate {
+        Fate::Goes
+    }
+
+    /// A bdev that it stands on has another size. How many blocks it has itself from now on; None: as many as before.
+    fn base_resized(&self, _base: &Info) -> Option<u64> {
+        None
     }
 
     /// Changes the size where the module can; called when all channels are quiet if it shrinks.

@@ -133,6 +133,8 @@ pub struct Io {
     pub(crate) generation: u32,
     pub(crate) state: State,
     pub(crate) depth: u8,
+    /// Set aside for a channel: it never goes to the front ends.
+    reserved: bool,
     /// What to do.
     pub op: Op,
     /// How.
@@ -166,6 +168,7 @@ impl Io {
             generation: 0,
             state: State::Free,
             depth: 0,
+            reserved: false,
             op: Op::Read,
             flags: IoFlags::empty(),
             status: Status::SUCCESS,
@@ -186,6 +189,12 @@ impl Io {
     #[inline]
     pub fn frame(&self) -> &Frame {
         &self.frames[usize::from(self.depth) - 1]
+    }
+
+    /// All frames, the front end's first.
+    #[inline]
+    pub(crate) fn passed(&self) -> &[Frame] {
+        &self.frames[..usize::from(self.depth)]
     }
 
     #[inline]
@@ -221,28 +230,45 @@ impl Io {
     }
 }
 
-/// The I/Os of one reactor. Nothing here allocates after it was made.
+/// The I/Os of one reactor: those for its front ends, as many as configured, and those that channels set aside when they are opened.
+/// Nothing here allocates between.
 pub(crate) struct Slab {
     ios: Vec<Io>,
     free: Vec<u32>,
+    spare: Vec<u32>,
 }
 
 impl Slab {
     pub(crate) fn new(count: u32) -> Self {
-        Self { ios: (0..count).map(|_| Io::vacant()).collect(), free: (0..count).rev().collect() }
+        Self { ios: (0..count).map(|_| Io::vacant()).collect(), free: (0..count).rev().collect(), spare: Vec::new() }
+    }
+
+    /// I/Os for a channel, beside those of the front ends; they come back by [`give_back`](Self::give_back).
+    pub(crate) fn reserve(&mut self, count: usize) -> Vec<IoId> {
+        while self.spare.len() < count {
+            self.spare.push(self.ios.len() as u32);
+            self.ios.push(Io { reserved: true, ..Io::vacant() });
+        }
+        let indices = self.spare.split_off(self.spare.len() - count);
+        indices.into_iter().map(|index| self.start(index)).collect()
     }
 
     /// Takes an I/O: last returned first, because that one is in the cache.
     #[inline]
     pub(crate) fn take(&mut self) -> Option<IoId> {
         let index = self.free.pop()?;
+        Some(self.start(index))
+    }
+
+    #[inline]
+    fn start(&mut self, index: u32) -> IoId {
         let io = &mut self.ios[index as usize];
         io.state = State::Held;
         io.depth = 0;
         io.flags = IoFlags::empty();
         io.status = Status::SUCCESS;
         io.result = 0;
-        Some(IoId { index, generation: io.generation })
+        IoId { index, generation: io.generation }
     }
 
     #[inline]
@@ -255,7 +281,7 @@ impl Slab {
         if !io.metadata.is_empty() {
             io.metadata.clear();
         }
-        self.free.push(id.index);
+        if io.reserved { self.spare.push(id.index) } else { self.free.push(id.index) }
     }
 
     /// A reaped I/O of a front end back into the slab: the front end's tag, and how it ended.
@@ -302,7 +328,7 @@ impl Slab {
     }
 
     pub(crate) fn free_count(&self) -> usize {
-        self.free.len()
+        self.free.len() + self.spare.len()
     }
 
     pub(crate) fn count(&self) -> usize {

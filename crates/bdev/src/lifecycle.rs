@@ -18,7 +18,7 @@ use qpair_reactor::{Fanout, Handle, Reactor};
 use qpair_wire::nvme::Status;
 
 use crate::registry::JobGuard;
-use crate::{BdevError, ChannelId, DeviceId, Info, IoId, Layer, Notice, Registry, Stats};
+use crate::{BdevError, ChannelId, DeviceId, Fate, Info, IoId, Layer, Notice, Registry, Stats};
 
 /// Where the outcome of a control operation goes, from whatever thread it ends on.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, BdevError>) + Send>;
@@ -101,14 +101,54 @@ impl Drop for Removal {
     }
 }
 
-/// Removes a bdev: no new I/O; what is in flight ends, or is asked to end after `deadline_ns`; then it is gone.
+/// What waits for several others goes on when the last of its holds is dropped, on whatever thread that happens.
+#[derive(Clone)]
+pub struct Hold(#[allow(dead_code, reason = "only ever dropped")] Arc<Next>);
+
+struct Next(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl Hold {
+    fn until(next: impl FnOnce() + Send + 'static) -> Self {
+        Self(Arc::new(Next(Mutex::new(Some(Box::new(next))))))
+    }
+}
+
+impl Drop for Next {
+    fn drop(&mut self) {
+        if let Some(next) = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            next();
+        }
+    }
+}
+
+/// Removes a bdev. What stands on it goes first, or lets go of it; then: no new I/O; what is in flight ends, or is asked to end
+/// after `deadline_ns`; then it is gone.
 pub fn unregister(registry: &Arc<Registry>, name: &str, deadline_ns: u64, reply: Reply<()>) {
     let device = match registry.mark_removing(name) {
         Ok(device) => device,
         Err(error) => return reply(Err(error)),
     };
-    let mut removal = Removal { registry: registry.clone(), device, guard: None, reply: Some(reply) };
-    let at_once = registry.exclusive(
+    let removal = Removal { registry: registry.clone(), device, guard: None, reply: Some(reply) };
+    let hold = Hold::until(move || remove_alone(removal, deadline_ns));
+    let above = registry.above(device);
+    if !above.is_empty() {
+        hurry(registry, device, deadline_ns);
+    }
+    for (above, module) in above {
+        let (holds, lets_go) = (hold.clone(), hold.clone());
+        let base = registry.get(device).map_or_else(|| name.to_owned(), |(_, info)| info.name.clone());
+        let asked = catch_unwind(AssertUnwindSafe(|| module.base_removing(&base, lets_go)));
+        if asked.unwrap_or(Fate::Goes) == Fate::Goes {
+            // One that is on its way out already is not waited for: its I/O ends below with an error.
+            unregister(registry, &above, deadline_ns, Box::new(move |_| drop(holds)));
+        }
+    }
+}
+
+fn remove_alone(mut removal: Removal, deadline_ns: u64) {
+    let (registry, device) = (removal.registry.clone(), removal.device);
+    let shared = registry.clone();
+    let at_once = shared.exclusive(
         device,
         Box::new(move |guard| {
             removal.guard = Some(guard);
@@ -118,7 +158,7 @@ pub fn unregister(registry: &Arc<Registry>, name: &str, deadline_ns: u64, reply:
         }),
     );
     if !at_once {
-        hurry(registry, device, deadline_ns);
+        hurry(&shared, device, deadline_ns);
     }
 }
 
@@ -190,11 +230,12 @@ fn resize_alone(registry: Arc<Registry>, device: DeviceId, num_blocks: u64, guar
         let changed = outcome.is_ok().then(|| shared.resized(device, num_blocks)).flatten();
         let (registry, snapshot) = (shared.clone(), changed.clone());
         let announce = move |_: &mut Reactor| {
+            drop(guard);
+            let hold = Hold::until(move || answer.send(outcome));
             if let Some(info) = changed {
                 shared.tell(Some(device), &Notice::Resized(info.name.clone()));
+                resize_above(&shared, device, &info, &hold);
             }
-            drop(guard);
-            answer.send(outcome);
         };
         let resume = move |layer: &mut Layer, reactor: &mut Reactor, channel, _part| layer.resume(reactor, channel, snapshot.clone());
         on_channels(&registry, device, Stance::LetGo, resume, announce);
@@ -203,6 +244,17 @@ fn resize_alone(registry: Arc<Registry>, device: DeviceId, num_blocks: u64, guar
         on_channels(&registry, device, Stance::Neither, |_, _, _, _| {}, apply);
     } else {
         on_channels(&registry, device, Stance::Hold, |layer, reactor, channel, part| quiesce(layer, reactor, channel, false, part), apply);
+    }
+}
+
+/// Those that stand on a device learn its new size.
+fn resize_above(registry: &Arc<Registry>, device: DeviceId, base: &Info, hold: &Hold) {
+    for (name, module) in registry.above(device) {
+        let wanted = catch_unwind(AssertUnwindSafe(|| module.base_resized(base))).unwrap_or(None);
+        if let Some(num_blocks) = wanted {
+            let holds = hold.clone();
+            resize(registry, &name, num_blocks, Box::new(move |_| drop(holds)));
+        }
     }
 }
 

@@ -92,6 +92,10 @@ impl Registry {
         if let Some(other) = inner.entries.values().find(|entry| entry.info.uuid == info.uuid) {
             return Err(BdevError::Exists(format!("{} has uuid {}", other.info.name, info.uuid)));
         }
+        // One whose base began to go while it was made would never hear of it.
+        if let Some(base) = info.bases.iter().find(|base| inner.entries.get(*base).is_none_or(|entry| entry.removing)) {
+            return Err(BdevError::Removing(base.clone()));
+        }
         inner.next += 1;
         let (id, name) = (DeviceId(inner.next), info.name.clone());
         let entry = Entry {
@@ -138,18 +142,32 @@ impl Registry {
         write: bool,
         listener: impl Fn(&Notice) + Send + Sync + 'static,
     ) -> Result<Descriptor, BdevError> {
+        self.open_as(name, write, None, Arc::new(listener))
+    }
+
+    /// Opens for a bdev that is to stand on this one, and claims it for that bdev's module in the same step: nobody else writes
+    /// to it until the descriptor is dropped. The bdev above names it in [`Info::bases`], and is told by [`Device::base_removing`].
+    pub fn open_base(self: &Arc<Self>, name: &str, owner: &str) -> Result<Descriptor, BdevError> {
+        self.open_as(name, true, Some(owner), Arc::new(|_: &Notice| {}))
+    }
+
+    fn open_as(self: &Arc<Self>, name: &str, write: bool, claim: Option<&str>, listener: Listener) -> Result<Descriptor, BdevError> {
         let mut inner = self.lock();
         inner.next += 1;
         let number = inner.next;
         let entry = inner.find_mut(name)?;
+        let name = entry.info.name.clone();
         if entry.removing {
-            return Err(BdevError::Removing(entry.info.name.clone()));
+            return Err(BdevError::Removing(name));
         }
         if write && let Some(owner) = &entry.claimed_by {
-            return Err(BdevError::Claimed { name: entry.info.name.clone(), owner: owner.clone() });
+            return Err(BdevError::Claimed { name, owner: owner.clone() });
         }
-        entry.descriptors.insert(number, Arc::new(listener));
-        Ok(Descriptor { registry: self.clone(), device: entry.id, number, name: entry.info.name.clone(), write })
+        if claim.is_some() {
+            entry.claimed_by = claim.map(str::to_owned);
+        }
+        entry.descriptors.insert(number, listener);
+        Ok(Descriptor { registry: self.clone(), device: entry.id, number, name, write, claims: claim.is_some() })
     }
 
     /// Claims a bdev for a module: nobody else opens it for writing until it is released.
@@ -194,14 +212,27 @@ impl Registry {
         if entry.removing {
             return Err(BdevError::Removing(entry.info.name.clone()));
         }
-        if let Some(owner) = &entry.claimed_by {
-            return Err(BdevError::Claimed { name: entry.info.name.clone(), owner: owner.clone() });
-        }
         entry.removing = true;
         let (id, name) = (entry.id, entry.info.name.clone());
         drop(inner);
         self.tell(Some(id), &Notice::Removing(name));
         Ok(id)
+    }
+
+    /// The devices that stand right on this one.
+    pub(crate) fn above(&self, id: DeviceId) -> Vec<(String, Arc<dyn Device>)> {
+        let mut inner = self.lock();
+        let Some(base) = inner.by_id(id).map(|entry| entry.info.name.clone()) else { return Vec::new() };
+        let stands_on_it = inner.entries.values().filter(|entry| entry.info.bases.contains(&base));
+        stands_on_it.map(|entry| (entry.info.name.clone(), entry.device.clone())).collect()
+    }
+
+    /// A device stands on other bdevs than before.
+    pub fn set_bases(&self, id: DeviceId, bases: Vec<String>) {
+        if let Some(entry) = self.lock().by_id(id) {
+            let info = Info::clone(&entry.info);
+            entry.info = Arc::new(Info { bases, version: info.version + 1, ..info });
+        }
     }
 
     /// Ends a removal.
@@ -321,6 +352,7 @@ pub struct Descriptor {
     number: u64,
     name: String,
     write: bool,
+    claims: bool,
 }
 
 impl Descriptor {
@@ -363,7 +395,12 @@ impl Descriptor {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        let listener = self.registry.lock().by_id(self.device).and_then(|entry| entry.descriptors.remove(&self.number));
+        let listener = self.registry.lock().by_id(self.device).and_then(|entry| {
+            if self.claims {
+                entry.claimed_by = None;
+            }
+            entry.descriptors.remove(&self.number)
+        });
         // Dropped without the lock: what it captured may call back.
         drop(listener);
     }

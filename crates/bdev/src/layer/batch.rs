@@ -40,16 +40,16 @@ impl Layer {
         }
     }
 
-    /// Ends the I/Os at the batch's start that are plain and go to one front end; returns how many.
+    /// Ends the I/Os at the batch's start that are plain and go to one place; returns how many.
     #[inline]
     fn complete_run(&mut self, channel: ChannelId, batch: &[IoId], status: Status) -> usize {
         let (Some(first), Some(Some(slot))) = (batch.first(), self.slots.get_mut(channel.0 as usize)) else { return 0 };
         let queue = self.ios.get(*first).frame().queue;
         let place = &mut self.queues[queue.0 as usize];
-        let Owner::FrontEnd(waker) = &place.owner else { return 0 };
-        if !slot.is_calm() {
+        if !slot.is_calm() || !matches!(place.owner, Owner::FrontEnd(_) | Owner::Channel(_)) {
             return 0;
         }
+        let first = place.entries.is_empty();
         let (shift, failed) = (slot.info.block_size.trailing_zeros(), status.is_error());
         let mut done = 0;
         for id in batch {
@@ -66,7 +66,14 @@ impl Layer {
             done += 1;
         }
         slot.inflight -= done as u32;
-        waker.wake();
+        match &place.owner {
+            Owner::FrontEnd(waker) => waker.wake(),
+            _ if first && done > 0 => {
+                self.inner_ready.push(queue);
+                self.call_settler();
+            }
+            _ => {}
+        }
         done
     }
 

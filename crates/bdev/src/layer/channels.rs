@@ -51,6 +51,8 @@ impl Layer {
             waiting: VecDeque::new(),
             splitting: VecDeque::new(),
             children,
+            bases: Vec::new(),
+            reserve: Vec::new(),
             split_queue,
             stats: Stats::default(),
             when_quiet: Vec::new(),
@@ -95,21 +97,17 @@ impl Layer {
         if emulates && self.zeros.is_none() {
             self.zeros = Some(super::split::zeros()?);
         }
-        let mut children = Vec::with_capacity(count);
-        while children.len() < count {
-            match self.ios.take() {
-                Some(id) => children.push(id),
-                None => {
-                    children.drain(..).for_each(|id| self.ios.give_back(id));
-                    return Err(BdevError::NoMemory(format!("{CHILDREN} I/Os to split those of {}", info.name)));
-                }
-            }
-        }
-        Ok(children)
+        Ok(self.ios.reserve(count))
     }
 
     /// One user less; the last one closes the channel when nothing is in flight any more.
     pub fn close_channel(&mut self, reactor: &mut Reactor, id: ChannelId) {
+        self.leave_channel(id);
+        self.settle(reactor);
+    }
+
+    /// As [`close_channel`](Self::close_channel), and what follows is done at the next settle.
+    pub(super) fn leave_channel(&mut self, id: ChannelId) {
         let Some(slot) = self.slots.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
         slot.users -= 1;
         if slot.users > 0 {
@@ -118,7 +116,6 @@ impl Layer {
         slot.closing = true;
         self.by_device.remove(&slot.device_id);
         self.call_attention(id);
-        self.settle(reactor);
     }
 
     /// Lets the module go; the slot stays for its users, and refuses.
@@ -136,11 +133,13 @@ impl Layer {
                 log::say(Level::Error, "bdev", format_args!("a module panicked while its channel was closed"));
             }
         }
+        self.leave_bases(id);
     }
 
     pub(super) fn free_slot(&mut self, reactor: &mut Reactor, id: ChannelId) {
+        self.leave_bases(id);
         if let Some(slot) = self.slots[id.0 as usize].take() {
-            slot.children.into_iter().for_each(|child| self.ios.give_back(child));
+            slot.children.into_iter().chain(slot.reserve).for_each(|child| self.ios.give_back(child));
             slot.registry.book(slot.device_id, &slot.stats);
             self.remove_queue(slot.split_queue);
             // Those of a module that could not do it itself: the channel's name may be given again.
@@ -224,7 +223,7 @@ impl Layer {
 
     /// Gives the module a hint for each I/O it has.
     pub(crate) fn abort_all(&mut self, reactor: &mut Reactor, id: ChannelId) {
-        for io in self.inflight_of(id) {
+        for io in self.under(id) {
             self.abort(reactor, io);
         }
         self.settle(reactor);

@@ -17,6 +17,7 @@ mod channels;
 mod check;
 mod settle;
 mod split;
+mod stacking;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -28,7 +29,7 @@ use qpair_reactor::{LocalWaker, PollerId, Reactor};
 use qpair_wire::nvme::Status;
 
 use crate::io::{Slab, State};
-use crate::{Channel, Device, DeviceId, Frame, Info, Io, IoFlags, IoId, Op, Registry, Stats, lifecycle};
+use crate::{Channel, Device, DeviceId, FRAMES_MAX, Frame, Info, Io, IoFlags, IoId, Op, Registry, Stats, lifecycle};
 use check::Route;
 pub(crate) use split::{ZEROS, slice};
 
@@ -92,6 +93,10 @@ pub(crate) struct Slot {
     waiting: VecDeque<IoId>,
     splitting: VecDeque<IoId>,
     children: Vec<IoId>,
+    /// Channels below, opened by this channel's module.
+    bases: Vec<ChannelId>,
+    /// I/Os of the module's own.
+    reserve: Vec<IoId>,
     split_queue: QueueId,
     stats: Stats,
     when_quiet: Vec<Then>,
@@ -138,9 +143,8 @@ pub struct Layer {
     plugged: Vec<ChannelId>,
     attention: Vec<ChannelId>,
     inner_ready: Vec<QueueId>,
-    scratch: Vec<IoId>,
-    child_batch: Vec<IoId>,
-    spare: Vec<IoId>,
+    /// Empty lists with room, for who needs one for a while: a stack of bdevs needs several at once.
+    scratch: Vec<Vec<IoId>>,
     /// What write-zeroes is emulated from; made when a channel needs it.
     zeros: Option<Region>,
     /// Devices that a job holds still: a channel opened meanwhile starts paused.
@@ -181,9 +185,7 @@ impl Layer {
             plugged: Vec::with_capacity(16),
             attention: Vec::with_capacity(16),
             inner_ready: Vec::with_capacity(16),
-            scratch: Vec::with_capacity(256),
-            child_batch: Vec::with_capacity(64),
-            spare: Vec::with_capacity(256),
+            scratch: (0..4 * FRAMES_MAX).map(|_| Vec::with_capacity(256)).collect(),
             zeros: None,
             held: Vec::new(),
             waker: None,
@@ -293,7 +295,7 @@ impl Layer {
             assert!(io.may_be_submitted(), "I/O submitted in state {:?}", io.state);
         }
         assert!(self.slot(channel).is_some_and(|slot| !slot.closing), "I/O submitted to a channel that was closed");
-        let mut ready = std::mem::take(&mut self.scratch);
+        let mut ready = self.borrow_list();
         for &id in batch {
             let now_ns = self.now_ns;
             let frame = self.ios.get_mut(id).frame_mut();
@@ -308,10 +310,20 @@ impl Layer {
         }
         if !ready.is_empty() {
             self.dispatch(reactor, channel, &ready);
-            ready.clear();
         }
-        self.scratch = ready;
+        self.return_list(ready);
         self.pump_splits(reactor, channel);
+    }
+
+    #[inline]
+    fn borrow_list(&mut self) -> Vec<IoId> {
+        self.scratch.pop().unwrap_or_default()
+    }
+
+    #[inline]
+    fn return_list(&mut self, mut list: Vec<IoId>) {
+        list.clear();
+        self.scratch.push(list);
     }
 
     /// Decides where one I/O goes. Those that go to the device now are added to `ready` and booked in flight; one for
@@ -445,13 +457,14 @@ impl Layer {
     }
 
     /// Takes a reaped I/O back: a front end holds it again, to look at or give back; a channel that had passed it down
-    /// completes it next, or passes it on anew.
+    /// completes it next, or passes it on anew. Its first block is again what it was before it was passed on.
     #[inline]
     pub fn retrieve(&mut self, id: IoId) -> Frame {
         let io = self.ios.get_mut(id);
         assert!(io.state == State::Done, "I/O retrieved in state {:?}", io.state);
         io.flags.remove(IoFlags::SPLIT);
         let frame = io.pop();
+        io.lba = frame.lba;
         // One that was passed down is, for whoever is above, still with the channel that passed it.
         io.state = if io.depth == 0 { State::Held } else { State::Submitted };
         frame

@@ -10,7 +10,7 @@ use qpair_wire::nvme::Status;
 
 use super::{ChannelState, Layer, Owner, QueueId, Then};
 use crate::io::State;
-use crate::{Channel, ChannelId, IoFlags, IoId};
+use crate::{Channel, ChannelId, Io, IoFlags, IoId};
 
 /// Settles when nobody who reaps does: a submitter need not wait for its first completion to have its second.
 pub(super) struct Settler(pub(super) Weak<RefCell<Layer>>);
@@ -75,7 +75,7 @@ impl Layer {
 
     /// Moves waiting I/Os on, in their order, as long as the device has room.
     fn start_waiting(&mut self, reactor: &mut Reactor, channel: ChannelId) {
-        let mut ready = std::mem::take(&mut self.scratch);
+        let mut ready = self.borrow_list();
         while let Some(slot) = &mut self.slots[channel.0 as usize] {
             let Some(id) = slot.waiting.pop_front() else { break };
             self.ios.get_mut(id).state = State::Held;
@@ -86,9 +86,8 @@ impl Layer {
         if !ready.is_empty() {
             // What ends at once makes room, and calls attention again.
             self.dispatch(reactor, channel, &ready);
-            ready.clear();
         }
-        self.scratch = ready;
+        self.return_list(ready);
     }
 
     fn fail_waiting(&mut self, channel: ChannelId) {
@@ -99,14 +98,17 @@ impl Layer {
 
     /// Hands completions to the layer that is stacked here, or merges children into their parents.
     fn deliver_inside(&mut self, reactor: &mut Reactor, queue: QueueId) {
-        let spare = std::mem::take(&mut self.spare);
+        let spare = self.borrow_list();
         let place = &mut self.queues[queue.0 as usize];
-        let mut entries = std::mem::replace(&mut place.entries, spare);
+        let entries = std::mem::replace(&mut place.entries, spare);
         match place.owner {
             Owner::Split(channel) => entries.iter().for_each(|id| self.end_child(channel, *id)),
             Owner::Channel(channel) => match self.slot(channel) {
                 Some(slot) if !slot.gone => {
-                    self.with_channel(reactor, channel, |module, layer, reactor| module.completed(layer, reactor, &entries));
+                    let call = |module: &mut dyn Channel, layer: &mut Layer, reactor: &mut Reactor| module.completed(layer, reactor, &entries);
+                    if self.with_channel(reactor, channel, call).is_none() {
+                        self.end_unseen(queue, &entries);
+                    }
                 }
                 _ => entries.iter().for_each(|id| self.end_orphan(*id)),
             },
@@ -114,8 +116,18 @@ impl Layer {
             // Only queues of the layer's own are put on the list, and none of them turns into a front end's while it has entries.
             Owner::FrontEnd(_) => {}
         }
-        entries.clear();
-        self.spare = entries;
+        self.return_list(entries);
+    }
+
+    /// Those that a module had not looked at when it panicked.
+    #[cold]
+    fn end_unseen(&mut self, queue: QueueId, entries: &[IoId]) {
+        for id in entries {
+            let unseen = |io: &Io| io.state == State::Done && io.depth > 0 && io.frame().queue == queue;
+            if self.ios.is_current(*id) && unseen(self.ios.get(*id)) {
+                self.end_orphan(*id);
+            }
+        }
     }
 
     /// An I/O whose submitter is gone: it fails for whoever is above, or goes back to the slab.
@@ -202,8 +214,8 @@ impl Layer {
         }
     }
 
-    /// The I/Os that are with the device behind this channel now. Walks the slab: control plane only.
-    pub(crate) fn inflight_of(&self, channel: ChannelId) -> Vec<IoId> {
+    /// The I/Os that the module behind this channel has itself now. Walks the slab: control plane only.
+    fn inflight_of(&self, channel: ChannelId) -> Vec<IoId> {
         let with_it = |id: &IoId| {
             let io = self.ios.get(*id);
             io.state == State::Submitted && !io.flags.contains(IoFlags::SPLIT) && io.depth > 0 && io.frame().channel == channel
@@ -211,12 +223,24 @@ impl Layer {
         self.ios.names().filter(with_it).collect()
     }
 
+    /// Those, and the ones it passed on to channels below. Walks the slab.
+    pub(super) fn under(&self, channel: ChannelId) -> Vec<IoId> {
+        let passed = |id: &IoId| {
+            let io = self.ios.get(*id);
+            let own = io.passed().iter().position(|frame| frame.channel == channel);
+            // A parent has its channel's frame newest, and ends with its children.
+            own.is_some_and(|at| at + 1 < usize::from(io.depth) || !io.flags.contains(IoFlags::SPLIT))
+                && matches!(io.state, State::Submitted | State::Waiting)
+        };
+        self.ios.names().filter(passed).collect()
+    }
+
     /// The children of a split I/O that are with its device now. Walks the slab.
     pub(super) fn children_of(&self, channel: ChannelId, parent: IoId) -> Vec<IoId> {
-        let mut children = self.inflight_of(channel);
+        let mut children = self.under(channel);
         let queue = self.slot(channel).map(|slot| slot.split_queue);
         children.retain(|id| {
-            let frame = self.ios.get(*id).frame();
+            let frame = &self.ios.get(*id).passed()[0];
             Some(frame.queue) == queue && IoId::unpack(frame.tag) == parent
         });
         children

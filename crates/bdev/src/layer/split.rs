@@ -22,16 +22,15 @@ pub(crate) const ZEROS: u64 = 1 << 20;
 impl Layer {
     /// Hands out as many children as can start now.
     pub(super) fn pump_splits(&mut self, reactor: &mut Reactor, channel: ChannelId) {
-        let mut batch = std::mem::take(&mut self.child_batch);
+        let mut batch = self.borrow_list();
         while let Some((parent, child)) = self.next_pair(channel) {
             self.fill_child(channel, parent, child);
             batch.push(child);
         }
         if !batch.is_empty() {
             self.dispatch(reactor, channel, &batch);
-            batch.clear();
         }
-        self.child_batch = batch;
+        self.return_list(batch);
     }
 
     /// A parent with something left to do and a child to do it, booked in flight. Ends parents that are through.

@@ -1,15 +1,15 @@
 //! One reactor's end of the ring.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, PoisonError};
 
 use crossbeam_queue::ArrayQueue;
 use qpair_memory::{Region, copy_list};
 use qpair_reactor::Reactor;
 use qpair_reactor::doorbell::Doorbell;
 
-use super::{CANCELLED, GIVEN_UP, OUT, Port, QUEUED, Ring, Work};
+use super::ring::{CANCELLED, GIVEN_UP, OUT, Port, QUEUED, Ring, Service, Work};
 use crate::{BdevError, Channel, ChannelId, IoFlags, IoId, Layer, Op, Status};
 
 /// What a slot of the ring is used for by this channel.
@@ -36,9 +36,9 @@ pub(super) struct PythonChannel {
 impl PythonChannel {
     pub(super) fn new(ring: Arc<Ring>, block_size: u32, reactor: &mut Reactor, layer: &Layer, id: ChannelId) -> Result<Self, BdevError> {
         let poller = layer.poller(id).ok_or_else(|| BdevError::Unsupported("a channel without a poller".to_owned()))?;
-        let depth = ring.slots.len();
+        let depth = ring.depth() as usize;
         let port = Arc::new(Port {
-            number: ring.port_next.fetch_add(1, Ordering::Relaxed),
+            number: ring.next_port(),
             handle: reactor.handle(),
             poller,
             returned: ArrayQueue::new(depth),
@@ -46,9 +46,9 @@ impl PythonChannel {
             starving: AtomicBool::new(false),
             gone: AtomicBool::new(false),
         });
-        ring.ports.write().unwrap_or_else(PoisonError::into_inner).push(port.clone());
+        ring.add_port(port.clone());
         Ok(Self {
-            memory: Region::new(ring.mapping.clone()),
+            memory: Region::new(ring.mapping().clone()),
             port,
             shift: block_size.trailing_zeros(),
             uses: vec![None; depth],
@@ -65,10 +65,10 @@ impl PythonChannel {
 
     /// Takes a free slot; if there is none, sees to it that one that becomes free is announced.
     fn take_slot(&mut self) -> Option<u32> {
-        self.ring.free.pop().or_else(|| {
+        self.ring.free_slot().or_else(|| {
             self.starve(true);
             fence(Ordering::SeqCst);
-            let slot = self.ring.free.pop();
+            let slot = self.ring.free_slot();
             if slot.is_some() && self.waiting.is_empty() {
                 self.starve(false);
             }
@@ -77,13 +77,7 @@ impl PythonChannel {
     }
 
     fn starve(&self, starving: bool) {
-        if self.port.starving.swap(starving, Ordering::SeqCst) != starving {
-            if starving {
-                self.ring.starving.fetch_add(1, Ordering::SeqCst);
-            } else {
-                self.ring.starving.fetch_sub(1, Ordering::SeqCst);
-            }
-        }
+        self.ring.starve(&self.port, starving);
     }
 
     /// Queues a request; false: no slot is free.
@@ -106,11 +100,7 @@ impl PythonChannel {
 
     fn queue(&mut self, work: Work, used: Use) {
         self.uses[work.slot as usize] = Some(used);
-        let place = &self.ring.slots[work.slot as usize];
-        place.port.store(self.port.number, Ordering::Release);
-        place.state.store(QUEUED, Ordering::Release);
-        // As many places as slots, and each slot is in there once.
-        let _ = self.ring.work.push(work);
+        self.ring.push(&self.port, work);
         self.pushed = true;
     }
 
@@ -164,7 +154,12 @@ impl PythonChannel {
         given_up
     }
 
-    /// The ring was closed: everything here fails.
+    /// Nobody serves the ring, and I/O is not to wait for it.
+    fn is_failing(&self) -> bool {
+        matches!(self.ring.service(), Service::Failing | Service::Closed)
+    }
+
+    /// The ring fails: everything here does.
     fn fail_all(&mut self, layer: &mut Layer) -> usize {
         let mut count = 0;
         for slot in 0..self.uses.len() as u32 {
@@ -191,7 +186,7 @@ impl PythonChannel {
 
 impl Channel for PythonChannel {
     fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
-        let closed = self.ring.is_closed();
+        let closed = self.is_failing();
         for &id in batch {
             if closed {
                 layer.complete(id, Status::INTERNAL_DEVICE_ERROR);
@@ -211,7 +206,7 @@ impl Channel for PythonChannel {
             self.returned(layer, slot, errno);
             count += 1;
         }
-        if self.ring.is_closed() {
+        if self.is_failing() {
             count += self.fail_all(layer);
         } else if !self.waiting.is_empty() {
             count += self.start_waiting(layer);
@@ -223,8 +218,8 @@ impl Channel for PythonChannel {
     fn arm(&mut self, _: &mut Reactor) -> bool {
         let port = self.port.clone();
         port.doorbell.may_sleep(|| {
-            let idle = port.returned.is_empty() && (self.waiting.is_empty() || self.ring.free.is_empty());
-            idle && !(self.ring.is_closed() && (self.has_uses() || !self.waiting.is_empty()))
+            let idle = port.returned.is_empty() && (self.waiting.is_empty() || !self.ring.has_room());
+            idle && !(self.is_failing() && (self.has_uses() || !self.waiting.is_empty()))
         })
     }
 
@@ -252,7 +247,7 @@ impl Drop for PythonChannel {
     fn drop(&mut self) {
         self.starve(false);
         let number = self.port.number;
-        self.ring.ports.write().unwrap_or_else(PoisonError::into_inner).retain(|port| port.number != number);
+        self.ring.remove_port(number);
         for slot in 0..self.uses.len() as u32 {
             if self.uses[slot as usize].is_some() {
                 self.give_up(slot);

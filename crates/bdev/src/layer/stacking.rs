@@ -1,0 +1,125 @@
+//! For bdevs that stand on others: channels below, I/Os passed down and up, and I/Os of a module's own.
+//!
+//! An I/O that is passed down keeps its name and its data; it gets one more frame, and comes back to the module's inner queue.
+//! It counts as in flight with every channel that it passed. A module that makes several I/Os out of one takes them from a
+//! reserve that it made when its channel was opened. Whatever a module leaves behind when it panics is taken care of here:
+//! channels below are left, reserved I/Os go back to the slab when they are done.
+
+use qpair_reactor::Reactor;
+use qpair_wire::nvme::Status;
+
+use super::{Layer, QueueId};
+use crate::io::State;
+use crate::{BdevError, ChannelId, Descriptor, IoFlags, IoId, Op};
+
+impl Layer {
+    /// Opens this reactor's channel to a bdev below, from inside [`crate::Device::open`] or later. It is closed with channel `above`, or
+    /// before by [`close_base`](Self::close_base).
+    pub fn open_base(&mut self, reactor: &mut Reactor, above: ChannelId, base: &Descriptor) -> Result<ChannelId, BdevError> {
+        let below = base.channel(reactor, self)?;
+        if let Some(slot) = &mut self.slots[above.0 as usize] {
+            slot.bases.push(below);
+        }
+        Ok(below)
+    }
+
+    /// Closes a channel below, when the module does without it from now on. What is in flight there still comes back.
+    pub fn close_base(&mut self, above: ChannelId, below: ChannelId) {
+        let Some(slot) = &mut self.slots[above.0 as usize] else { return };
+        if let Some(at) = slot.bases.iter().position(|base| *base == below) {
+            slot.bases.swap_remove(at);
+            self.leave_channel(below);
+        }
+    }
+
+    pub(super) fn leave_bases(&mut self, above: ChannelId) {
+        let bases = self.slots[above.0 as usize].as_mut().map(|slot| std::mem::take(&mut slot.bases));
+        bases.into_iter().flatten().for_each(|below| self.leave_channel(below));
+    }
+
+    /// Passes I/Os on to a channel below, `shift` blocks further on; they come back to `queue` with `tag`.
+    #[inline]
+    pub fn pass_down(&mut self, reactor: &mut Reactor, below: ChannelId, queue: QueueId, tag: u64, shift: u64, batch: &[IoId]) {
+        for id in batch {
+            let io = self.ios.get_mut(*id);
+            io.push(queue, tag);
+            io.lba = io.lba.wrapping_add(shift);
+            if io.op == Op::Copy {
+                io.source_lba = io.source_lba.wrapping_add(shift);
+            }
+        }
+        self.submit(reactor, below, batch);
+    }
+
+    /// Completes I/Os of channel `above` that came back as they came back; `shift` as they were passed down.
+    #[inline]
+    pub fn pass_up(&mut self, above: ChannelId, shift: u64, batch: &[IoId]) {
+        let mut start = 0;
+        let mut status = Status::SUCCESS;
+        for (position, id) in batch.iter().enumerate() {
+            let ended = self.take_up(*id, shift);
+            if ended != status {
+                self.complete_all(above, &batch[start..position], status);
+                (start, status) = (position, ended);
+            }
+        }
+        self.complete_all(above, &batch[start..], status);
+    }
+
+    /// As [`retrieve`](Self::retrieve), for one passed down by [`pass_down`](Self::pass_down); how it ended below.
+    #[inline]
+    fn take_up(&mut self, id: IoId, shift: u64) -> Status {
+        let io = self.ios.get_mut(id);
+        assert!(io.state == State::Done && io.depth > 1, "I/O passed up in state {:?} at depth {}", io.state, io.depth);
+        io.flags.remove(IoFlags::SPLIT);
+        io.lba = io.pop().lba;
+        io.state = State::Submitted;
+        match io.op {
+            Op::Copy => io.source_lba = io.source_lba.wrapping_sub(shift),
+            Op::ZoneAppend => io.result = io.result.wrapping_sub(shift),
+            _ => {}
+        }
+        io.status
+    }
+
+    /// Sets I/Os aside for a module's own use, when its channel is opened.
+    pub fn reserve(&mut self, above: ChannelId, count: usize) {
+        let ids = self.ios.reserve(count);
+        if let Some(slot) = &mut self.slots[above.0 as usize] {
+            slot.reserve.extend(ids);
+        }
+    }
+
+    /// An I/O out of the reserve, held by the module: it pushes a frame and submits it to a channel below.
+    #[inline]
+    pub fn take_reserved(&mut self, above: ChannelId) -> Option<IoId> {
+        self.slots[above.0 as usize].as_mut()?.reserve.pop()
+    }
+
+    /// Back into the reserve, after it was [`retrieve`](Self::retrieve)d.
+    #[inline]
+    pub fn return_reserved(&mut self, above: ChannelId, id: IoId) {
+        let io = self.ios.get_mut(id);
+        assert!(io.state == State::Held, "I/O returned in state {:?}", io.state);
+        (io.flags, io.status, io.result) = (IoFlags::empty(), Status::SUCCESS, 0);
+        io.list.clear();
+        io.metadata.clear();
+        if let Some(slot) = &mut self.slots[above.0 as usize] {
+            slot.reserve.push(id);
+        }
+    }
+
+    /// Makes `child` do what `parent` does: operation, range, flags, data.
+    pub fn copy_request(&mut self, parent: IoId, child: IoId) {
+        let mut list = std::mem::take(&mut self.ios.get_mut(child).list);
+        let mut metadata = std::mem::take(&mut self.ios.get_mut(child).metadata);
+        let io = self.ios.get(parent);
+        list.extend(io.list.iter().cloned());
+        metadata.extend(io.metadata.iter().cloned());
+        let (op, flags, lba, blocks, source_lba, command) = (io.op, io.flags, io.lba, io.blocks, io.source_lba, io.command);
+        let io = self.ios.get_mut(child);
+        (io.op, io.flags, io.lba, io.blocks, io.source_lba, io.command) =
+            (op, flags - IoFlags::SPLIT - IoFlags::CHILD, lba, blocks, source_lba, command);
+        (io.list, io.metadata) = (list, metadata);
+    }
+}

@@ -1,0 +1,181 @@
+//! Bdevs upon bdevs under random schedules: any of them is removed or resized at any time, modules panic, and still each I/O
+//! ends once, data are as written, and nothing is left behind.
+
+mod common {
+    mod base;
+    pub mod client;
+    pub mod relay;
+    pub use base::*;
+}
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use common::client::{Allowed, CELL_BLOCKS, Client};
+use common::relay::Relay;
+use common::{Plan, SimDevice, quiet_panics};
+use qpair_bdev::passthru::Passthru;
+use qpair_bdev::{BdevError, FRAMES_MAX, Info, Layer, Op, OpSet, Registry, lifecycle};
+use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
+
+/// What stands where: names from the base up, each with how far it moves its I/O. None: a passthru.
+struct Tower {
+    registry: Arc<Registry>,
+    base: Arc<SimDevice>,
+    floors: Vec<(String, Option<u64>)>,
+    panic: u64,
+}
+
+impl Tower {
+    fn new(world: &mut World, base: &Arc<SimDevice>, panic: u64) -> Self {
+        let count = world.rng().between(1, FRAMES_MAX as u64 - 1);
+        let name = |floor| if floor == count { "disk".to_owned() } else { format!("floor{floor}") };
+        let floors = (1..=count).map(|floor| (name(floor), world.rng().chance(1, 2).then(|| world.rng().below(4)))).collect();
+        Self { registry: Registry::new(world.handles()), base: base.clone(), floors, panic }
+    }
+
+    fn shift(&self) -> u64 {
+        self.floors.iter().filter_map(|(_, shift)| *shift).sum()
+    }
+
+    /// Registers what is missing, as far as what is below it is there.
+    fn build(&self) -> Result<(), BdevError> {
+        let passable = |outcome: Result<(), BdevError>| match outcome {
+            Err(BdevError::Exists(_) | BdevError::Claimed { .. }) => Ok(()),
+            other => other,
+        };
+        passable(self.registry.register(self.base.clone()).map(drop))?;
+        let mut below = "base";
+        for (name, shift) in &self.floors {
+            passable(match shift {
+                Some(shift) => Relay::register(&self.registry, name, below, *shift, self.panic),
+                None => Passthru::new(&self.registry, name, below, None)
+                    .and_then(|passthru| self.registry.register(Arc::new(passthru)).map(drop)),
+            })?;
+            below = name;
+        }
+        Ok(())
+    }
+}
+
+fn is_going(error: &BdevError) -> bool {
+    matches!(error, BdevError::NoSuchBdev(_) | BdevError::Removing(_))
+}
+
+/// Removes any floor, or the base; resizes the base.
+fn control(tower: Arc<Tower>, allowed: Allowed, ledger: Obligations, mut left: u32) -> impl FnMut(u64, &mut Rng) -> Act {
+    move |now_ns, rng| {
+        if left == 0 {
+            return Act::Done;
+        }
+        left -= 1;
+        let (id, book, again) = (ledger.open_next(), ledger.clone(), tower.clone());
+        if allowed.removal && rng.chance(1, 2) {
+            let floor = rng.below(tower.floors.len() as u64 + 1) as usize;
+            let name = if floor == 0 { "base" } else { &tower.floors[floor - 1].0 };
+            let reply = move |outcome: Result<(), BdevError>| {
+                assert!(outcome.as_ref().is_ok_and(|()| true) || outcome.as_ref().is_err_and(is_going), "{outcome:?}");
+                if outcome.is_ok() && floor == 0 {
+                    assert_eq!(again.base.shared.inflight.load(Ordering::SeqCst), 0, "gone with I/O in flight");
+                }
+                let built = again.build();
+                assert!(built.as_ref().is_ok() || built.as_ref().is_err_and(is_going), "{built:?}");
+                book.close(id);
+            };
+            lifecycle::unregister(&tower.registry, name, rng.below(300_000), Box::new(reply));
+        } else if allowed.resize {
+            let blocks = tower.base.info.num_blocks - rng.below(2 * CELL_BLOCKS);
+            let reply = move |outcome: Result<(), BdevError>| {
+                assert!(outcome.is_ok() || outcome.as_ref().is_err_and(is_going), "resize to {blocks}: {outcome:?}");
+                book.close(id);
+            };
+            lifecycle::resize(&tower.registry, "base", blocks, Box::new(reply));
+        } else {
+            lifecycle::statistics(&tower.registry, "disk", false, Box::new(move |_| book.close(id)));
+        }
+        Act::Until(now_ns + rng.below(300_000))
+    }
+}
+
+fn random_base(rng: &mut Rng, cells: u64) -> Info {
+    // Room for what the floors leave out at the start, and for resizing.
+    let mut info = Info::new("base", "sim", 512, cells * CELL_BLOCKS + 64);
+    info.queue_depth = *rng.pick(&[0, 1, 3, 16]);
+    info.max_io_blocks = *rng.pick(&[0, 0, 1, 3, 8]);
+    info.max_segments = *rng.pick(&[0, 0, 1, 2, 4]);
+    info.max_unmap_blocks = *rng.pick(&[0, 0, 5]);
+    info.write_cache = rng.chance(1, 2);
+    let mut ops = vec![Op::Read, Op::Write, Op::Flush, Op::Reset];
+    ops.extend([Op::Unmap, Op::WriteZeroes].into_iter().filter(|_| rng.chance(1, 2)));
+    info.supported = OpSet::of(&ops);
+    info
+}
+
+fn run(world: &mut World, plan: Plan, allowed: Allowed, panic: u64) {
+    quiet_panics();
+    let count = world.reactors();
+    let info = random_base(world.rng(), count as u64 * 3);
+    let base = SimDevice::new(info.clone(), plan);
+    let tower = Arc::new(Tower::new(world, &base, panic));
+    tower.build().unwrap();
+    // The client knows what the base can do, and sees the size of the top.
+    let seen = Info { num_blocks: info.num_blocks - tower.shift(), ..info };
+    let memories: Vec<_> = (0..count)
+        .map(|reactor| {
+            let own: Vec<u64> = (0..3).map(|cell| reactor as u64 * 3 + cell).collect();
+            let ios = world.rng().between(10, 40) as u32;
+            Client::start(world, reactor, &tower.registry, &seen, allowed, &own, ios)
+        })
+        .collect();
+    let ledger = world.obligations().clone();
+    world.add_actor(control(tower.clone(), allowed, ledger.clone(), 8));
+    world.finish();
+    let id = ledger.open_next();
+    let reply = move |outcome: Result<(), BdevError>| {
+        outcome.unwrap();
+        ledger.close(id);
+    };
+    lifecycle::unregister(&tower.registry, "base", 0, Box::new(reply));
+    world.finish();
+    assert!(tower.registry.list(None).unwrap().is_empty(), "something still stands");
+    let broken = base.shared.broken.lock().unwrap().clone();
+    assert!(broken.is_empty(), "{broken:?}");
+    assert_eq!(base.shared.channels.load(Ordering::SeqCst), 0, "channels leaked");
+    assert_eq!(base.shared.inflight.load(Ordering::SeqCst), 0);
+    for reactor in 0..count {
+        let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
+        assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
+    }
+    assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+}
+
+fn scenario(name: &str, seeds: u64, plan: Plan, allowed: Allowed, panic: u64) {
+    sim::run_seeds(name, seeds, |seed| {
+        let mut world = World::new(seed, 1 + (seed % 4) as usize);
+        run(&mut world, plan, allowed, panic);
+    });
+}
+
+#[test]
+fn a_tower_gives_what_was_written() {
+    let allowed = Allowed { churn: true, aborts: true, resets: true, ..Allowed::default() };
+    scenario("tower", 500, Plan { delay_ns: 100_000, stall: 20, ..Plan::default() }, allowed, 0);
+}
+
+#[test]
+fn a_base_takes_all_that_stands_on_it_along() {
+    let allowed = Allowed { errors: true, aborts: true, removal: true, churn: true, resets: true, ..Allowed::default() };
+    scenario("tower_removal", 1000, Plan { delay_ns: 100_000, error: 20, stall: 30, panic: 0 }, allowed, 0);
+}
+
+#[test]
+fn a_base_that_is_resized_tells_those_above() {
+    let allowed = Allowed { aborts: true, resize: true, churn: true, ..Allowed::default() };
+    scenario("tower_resize", 500, Plan { delay_ns: 100_000, stall: 30, ..Plan::default() }, allowed, 0);
+}
+
+#[test]
+fn a_floor_that_panics_leaves_nothing_behind() {
+    let allowed = Allowed { errors: true, aborts: true, removal: true, resize: true, panics: true, resets: true, churn: true };
+    scenario("tower_panics", 1000, Plan { delay_ns: 100_000, error: 10, stall: 10, panic: 2 }, allowed, 3);
+}
