@@ -292,6 +292,7 @@ fn info_dict<'py>(py: Python<'py>, info: &Info) -> PyResult<Bound<'py, PyDict>> 
     dict.set_item("readonly", info.readonly)?;
     dict.set_item("write_cache", info.write_cache)?;
     dict.set_item("path", &info.path)?;
+    dict.set_item("bases", &info.bases)?;
     dict.set_item("version", info.version)?;
     let supported = PyDict::new(py);
     for (name, op) in OPS {

@@ -24,6 +24,7 @@ mod io;
 mod perf;
 mod pyring;
 mod values;
+mod vbdev;
 mod vhost;
 mod virtio;
 

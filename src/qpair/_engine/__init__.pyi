@@ -151,14 +151,17 @@ class Engine:
     ) -> int:
         """The driver's side of virtio-blk rings that `VirtioMemory` laid out. ``queues``: (size, kick fd, call fd); fds are duplicated."""
 
+    def bdev_passthru_create(self, name: str, base: str, *, uuid: str | None = None) -> int:
+        """A bdev that passes everything on to ``base``, which it claims. ``ENODEV``, ``EBUSY`` (claimed), ``EINVAL`` (stacked too high)."""
+
     def bdev_unregister(self, name: str, *, deadline_ms: int = 10_000) -> int:
-        """Stop new I/O, drain or abort, close channels, then gone. Reply: None. ``ENODEV``, ``EBUSY`` (claimed)."""
+        """What stands on it goes first; then: stop new I/O, drain or abort, close channels, gone. Reply: None. ``ENODEV``."""
 
     def bdev_resize(self, name: str, num_blocks: int) -> int: ...
     def bdev_info(self, name: str | None = None) -> list[dict[str, Any]]:
         """Snapshots: ``name, module, uuid, aliases, block_size, num_blocks, write_unit, physical_block_size,
         optimal_io_boundary, max_io_blocks, max_segments, readonly, claimed_by, removing, open_count, write_cache,
-        supported: {op: bool}, path, version``."""
+        supported: {op: bool}, path, bases: [name of a bdev right below], version``."""
 
     def bdev_iostat(self, name: str | None = None, *, reset: bool = False) -> int:
         """Reply: list of dicts ``name, read_ios, read_bytes, write_ios, write_bytes, unmap_ios, unmap_bytes, flush_ios,

@@ -21,7 +21,9 @@ from qpair.app.sizes import parse_size
 from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.bdev.client import BdevHandle
 from qpair.bdev.events import EventBus
+from qpair.bdev.examine import Examiner
 from qpair.bdev.model import BdevInfo, BdevModule, describe
+from qpair.bdev.modules import make_modules
 from qpair.errors import InvalidArgument, NoSuchBdev, NoSuchDevice, from_engine, from_errno
 
 if TYPE_CHECKING:
@@ -75,16 +77,19 @@ class BdevSubsystem(Subsystem):
         self._unsubscribe: Callable[[], None] = lambda: None
         self.records: dict[str, Record] = {}
         self.events = EventBus()
+        self.auto_examine = True
         self._lowest: dict[str, int] = {}
         self._python: dict[str, PythonBdevRunner] = {}
         self._changed: set[asyncio.Future[None]] = set()
         self._modules: dict[str, BdevModule] = {}
+        self.examiner = Examiner(self)
         for module in (
             SimpleModule(self, "malloc", "Malloc disk"),
             SimpleModule(self, "null", "Null disk"),
             SimpleModule(self, "aio", "AIO disk", shows="aio"),
             SimpleModule(self, "uring", "URING bdev", shows="uring"),
             SimpleModule(self, "python", "Python disk"),
+            *make_modules(self),
         ):
             self.register_module(module)
 
@@ -98,6 +103,7 @@ class BdevSubsystem(Subsystem):
 
     async def stop(self, stack: Stack, deadline_ms: int) -> None:
         """Python bdevs first (their requests need this loop); the engine takes the others with it when it stops."""
+        await self.examiner.stop()
         for name in tuple(self._python):
             await self.delete(name, deadline_ms=deadline_ms)
         self._unsubscribe()
@@ -114,6 +120,8 @@ class BdevSubsystem(Subsystem):
         self._modules[module.name] = module
 
     def _on_event(self, event: BdevEvent) -> None:
+        if event.kind == "added":
+            self.examiner.appeared(event.name)
         if event.kind == "removed":
             self.records.pop(event.name, None)
             self._freed(event.name)
@@ -161,9 +169,21 @@ class BdevSubsystem(Subsystem):
         record = self.records.get(info.name)
         return describe(info, self.module(info), record.params if record is not None else {})
 
+    def exists(self, name: str) -> bool:
+        """Whether a bdev has that name, alias or UUID."""
+        try:
+            self.info(name)
+        except NoSuchBdev:
+            return False
+        return True
+
     def module(self, info: BdevInfo) -> BdevModule | None:
         """The kind of a bdev."""
         return self._modules.get(info.module)
+
+    def modules(self) -> list[BdevModule]:
+        """All kinds."""
+        return list(self._modules.values())
 
     def handle(self, name: str) -> BdevHandle:
         """A handle by name, alias or UUID; `NoSuchBdev`."""
@@ -204,7 +224,7 @@ class BdevSubsystem(Subsystem):
         chosen = self._free_name("Malloc") if name is None else _checked_name(name)
         blocks = _blocks(chosen, size, num_blocks, block_size)
         unique = uuid or new_uuid()
-        await self._call(
+        await self.call(
             "bdev_malloc_create",
             chosen,
             num_blocks=blocks,
@@ -221,7 +241,7 @@ class BdevSubsystem(Subsystem):
             "uuid": unique,
             "optimal_io_boundary": optimal_io_boundary,
         }
-        return self._record(chosen, Record("bdev_malloc_create", params))
+        return self.record(chosen, Record("bdev_malloc_create", params))
 
     async def create_null(
         self,
@@ -237,7 +257,7 @@ class BdevSubsystem(Subsystem):
         """A bdev that keeps nothing. ``hints`` (preferred sizes, see `HINTS`) are shown to whoever asks and have no other effect."""
         blocks = _blocks(_checked_name(name), size, num_blocks, block_size)
         unique = uuid or new_uuid()
-        await self._call(
+        await self.call(
             "bdev_null_create", name, num_blocks=blocks, block_size=block_size, uuid=unique, physical_block_size=physical_block_size
         )
         params = {
@@ -248,7 +268,7 @@ class BdevSubsystem(Subsystem):
             "uuid": unique,
             **(hints or {}),
         }
-        return self._record(name, Record("bdev_null_create", params))
+        return self.record(name, Record("bdev_null_create", params))
 
     async def create_file(
         self,
@@ -269,7 +289,7 @@ class BdevSubsystem(Subsystem):
         if size is not None:
             _grow_file(filename, parse_size(size))
         unique = uuid or new_uuid()
-        await self._call(
+        await self.call(
             "bdev_file_create", name, filename, module=module, block_size=block_size, readonly=readonly, fallocate=fallocate, uuid=unique
         )
         params: dict[str, Any] = {"name": name, "filename": filename, "uuid": unique}
@@ -279,7 +299,7 @@ class BdevSubsystem(Subsystem):
             shown.update(block_size_override=bool(block_size), readonly=readonly, fallocate=fallocate, nowait=nowait)
         if block_size:
             params["block_size"] = block_size
-        return self._record(name, Record(f"bdev_{module}_create", params, shown))
+        return self.record(name, Record(f"bdev_{module}_create", params, shown))
 
     async def add_python(self, bdev: Bdev) -> BdevHandle:
         """Put a Python bdev on the stack and serve its requests on this loop."""
@@ -302,7 +322,8 @@ class BdevSubsystem(Subsystem):
         self._python[bdev.name] = PythonBdevRunner(self.stack.bridge, ring, bdev)
         return BdevHandle(self.stack, bdev.name)
 
-    def _record(self, name: str, record: Record) -> BdevHandle:
+    def record(self, name: str, record: Record) -> BdevHandle:
+        """Remember how ``name`` was made."""
         self.records[name] = record
         return BdevHandle(self.stack, name)
 
@@ -333,8 +354,11 @@ class BdevSubsystem(Subsystem):
 
     async def delete(self, name: str, *, module: str | None = None, deadline_ms: int = 10_000) -> None:
         """Stop new I/O, drain or abort, remove. ``module``: refuse another kind with `NoSuchBdev`, as SPDK's bdev_KIND_delete."""
+        if self.examiner.forget(name) and not self.exists(name):
+            return  # asked for, but its base never came
         info = self._of_kind(name, module)
-        await self._call("bdev_unregister", info.name, deadline_ms=deadline_ms)
+        self.examiner.forget(info.name)
+        await self.call("bdev_unregister", info.name, deadline_ms=deadline_ms)
         self.records.pop(info.name, None)
         if (runner := self._python.pop(info.name, None)) is not None:
             await runner.finish()
@@ -343,7 +367,7 @@ class BdevSubsystem(Subsystem):
         """Grow or shrink to ``size`` bytes, a multiple of the block size."""
         info = self._of_kind(name, module)
         blocks = _blocks(info.name, size, None, info.block_size)
-        await self._call("bdev_resize", info.name, blocks)
+        await self.call("bdev_resize", info.name, blocks)
         if (record := self.records.get(info.name)) is not None and "num_blocks" in record.params:
             record.params["num_blocks"] = blocks
 
@@ -355,14 +379,15 @@ class BdevSubsystem(Subsystem):
         size = _file_size(info.name, info.path)
         blocks = size // info.block_size
         if blocks != info.num_blocks:
-            await self._call("bdev_resize", info.name, blocks)
+            await self.call("bdev_resize", info.name, blocks)
 
     async def iostat(self, name: str | None = None, *, reset: bool = False) -> list[dict[str, Any]]:
         """The engine's counters, one dict a bdev, see ``Engine.bdev_iostat``."""
-        value: list[dict[str, Any]] = await self._call("bdev_iostat", name, reset=reset)
+        value: list[dict[str, Any]] = await self.call("bdev_iostat", name, reset=reset)
         return value
 
-    async def _call(self, method: str, *args: Any, **options: Any) -> Any:
+    async def call(self, method: str, *args: Any, **options: Any) -> Any:
+        """One asynchronous call of the engine, with errors of this package."""
         try:
             token = getattr(self.stack.engine, method)(*args, **options)
         except OSError as error:

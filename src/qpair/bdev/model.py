@@ -67,6 +67,7 @@ class BdevInfo(msgspec.Struct, frozen=True):
     supported: Mapping[str, bool]
     path: str | None
     version: int
+    bases: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -96,11 +97,15 @@ class BdevInfo(msgspec.Struct, frozen=True):
             supported=raw["supported"],
             path=raw["path"] or None,
             version=raw["version"],
+            bases=tuple(raw.get("bases", ())),
         )
 
 
 class BdevModule(Protocol):
-    """How one kind of bdev shows itself. ``name`` is the engine's ``module``. A room registers its own with ``stack.bdevs.register_module``."""
+    """How one kind of bdev shows itself. ``name`` is the engine's ``module``. A room registers its own with ``stack.bdevs.register_module``.
+
+    One that knows bdevs by their content also has ``async def examine(self, stack: Stack, info: BdevInfo) -> None``, see `qpair.bdev.examine`.
+    """
 
     name: str
     product_name: str

@@ -96,14 +96,15 @@ class Named(Params):
 
 @method("bdev_examine", params=Named)
 async def bdev_examine(stack: Stack, params: Named) -> bool:
-    """Look for layers on a bdev. No module here examines: it only has to exist."""
-    stack.bdevs.info(params.name)
+    """Look at the content of a bdev; only where that is not done by itself."""
+    await stack.bdevs.examiner.examine(params.name)
     return True
 
 
 @method("bdev_wait_for_examine")
 async def bdev_wait_for_examine(stack: Stack, params: None) -> bool:
-    """Answer when every bdev has been examined: at once."""
+    """Answer when every bdev has been examined."""
+    await stack.bdevs.examiner.idle()
     return True
 
 
