@@ -51,15 +51,11 @@ INERT: tuple[tuple[str, str, str, str], ...] = (
     ("iobuf", "iobuf_set_options", "s", "small_pool_count:u64 large_pool_count:u64 small_bufsize:u32 large_bufsize:u32 enable_numa:b"),
     ("accel", "accel_set_options", "s", "small_cache_size:u32 large_cache_size:u32 task_count:u32 sequence_count:u32 buf_count:u32"),
     ("accel", "accel_assign_opc", "s", "opname:s!* module:s!"),
+    ("accel", "accel_set_driver", "s", "name:s"),
+    ("keyring", "keyring_linux_set_options", "s", "enable:b"),
     ("vmd", "vmd_enable", "s", ""),
     ("scheduler", "framework_set_scheduler", "sr", "name:s! period:u64 load_limit:u8 core_limit:u8 core_busy:u8 mappings:s"),
     ("scheduler", "scheduler_set_options", "s", "scheduling_core:u32 isolated_core_mask:s"),
-    (
-        "bdev",
-        "bdev_set_options",
-        "s",
-        "bdev_io_pool_size:u32 bdev_io_cache_size:u32 bdev_auto_examine:b iobuf_small_cache_size:u32 iobuf_large_cache_size:u32",
-    ),
     ("bdev", "bdev_raid_set_options", "sr", "process_window_size_kb:u32 process_max_bandwidth_mb_sec:u32"),
     ("bdev", "bdev_iscsi_set_options", "sr", "timeout_sec:u64"),
     (
@@ -107,15 +103,31 @@ class InertStore:
         self._entries: dict[tuple[str, str, tuple[Any, ...]], ConfigEntry] = {}
         self._reported: set[str] = set()
 
-    def remember(self, subsystem: str, method: str, key: tuple[Any, ...], params: dict[str, Any]) -> None:
-        """Keep one call; say once a method that it has no effect."""
+    def remember(self, subsystem: str, method: str, key: tuple[Any, ...], params: dict[str, Any], *, effect: str | None = None) -> None:
+        """Keep one call; say once a method that it has no effect. ``effect``: what to say that of, if not all of the method."""
         entry: dict[str, Any] = {"method": method}
         if params:
             entry["params"] = params
         self._entries[(subsystem, method, key)] = entry
-        if method not in self._reported:
-            self._reported.add(method)
-            logger.info("%s is remembered for save_config and has no effect here", method)
+        self.report(effect or method, "is remembered for save_config and has no effect here")
+
+    def report(self, what: str, text: str) -> None:
+        """Say once that something has no effect."""
+        if what not in self._reported:
+            self._reported.add(what)
+            logger.info("%s %s", what, text)
+
+    def forget(self, subsystem: str, method: str, key: tuple[Any, ...]) -> None:
+        """As if that call had not been made; `KeyError` when it was not."""
+        del self._entries[(subsystem, method, key)]
+
+    def said(self, subsystem: str, method: str) -> list[dict[str, Any]]:
+        """The parameters of every remembered call of ``method``."""
+        return [dict(entry.get("params", {})) for (owner, name, _), entry in self._entries.items() if (owner, name) == (subsystem, method)]
+
+    def last(self, subsystem: str, method: str) -> dict[str, Any]:
+        """The parameters of the one remembered call of a method without key; nothing when it was not called."""
+        return next(iter(self.said(subsystem, method)), {})
 
     def config(self, subsystem: str) -> list[ConfigEntry]:
         """The remembered calls of ``subsystem``."""

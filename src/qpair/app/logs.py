@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 
-__all__ = ["FLAGS", "LEVELS", "LineLimit", "get_level", "set_level", "setup"]
+__all__ = ["FLAGS", "LEVELS", "LineLimit", "enable_timestamps", "get_level", "set_level", "setup"]
 
 NOTICE = 25
 LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING, "NOTICE": NOTICE, "INFO": logging.INFO, "DEBUG": logging.DEBUG}
@@ -25,11 +25,17 @@ def setup(level: str = "NOTICE") -> None:
     global _handler
     if _handler is None:
         _handler = logging.StreamHandler(sys.stderr)
-        _handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        enable_timestamps(True)
         _root.addHandler(_handler)
         _root.propagate = False
     set_level(level)
     set_level(level, printed=True)
+
+
+def enable_timestamps(enabled: bool) -> None:
+    """Whether printed lines begin with the time. A line of a service manager's log has it already."""
+    if _handler is not None:
+        _handler.setFormatter(logging.Formatter(("%(asctime)s " if enabled else "") + "%(levelname)s %(name)s: %(message)s"))
 
 
 def set_level(level: str, *, printed: bool = False) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from qpair.app.inert import inert_subsystem
 from qpair.app.subsystems import Subsystem
+from qpair.bdev.modules import load_rpc as load_modules_rpc
 
 __all__ = ["load_rpc", "make_subsystems"]
 
@@ -21,7 +22,17 @@ ROOMS: tuple[tuple[str, str, str], ...] = (
     ("vhost", "qpair.vhost.control", "VhostSubsystem"),
 )
 
-RPC_MODULES = ("qpair.app.rpc", "qpair.bdev.rpc", "qpair.bdev.rpc_events", "qpair.virtio.rpc", "qpair.vhost.rpc")
+RPC_MODULES = (
+    "qpair.app.rpc",
+    "qpair.app.rpc_log",
+    "qpair.app.rpc_threads",
+    "qpair.app.rpc_keys",
+    "qpair.bdev.rpc",
+    "qpair.bdev.rpc_events",
+    "qpair.bdev.rpc_options",
+    "qpair.virtio.rpc",
+    "qpair.vhost.rpc",
+)
 
 
 def make_subsystems() -> tuple[list[Subsystem], dict[str, Any]]:
@@ -46,3 +57,4 @@ def load_rpc() -> None:
     """Import every room's declared methods."""
     for module in RPC_MODULES:
         import_module(module)
+    load_modules_rpc()

@@ -1,19 +1,15 @@
-"""JSON-RPC methods of the process itself: what methods there are, states, reactors, subsystems, configuration, logging, version and end."""
+"""JSON-RPC methods of the process itself: what methods there are, states, subsystems, configuration, version and end."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 from qpair.app import inert, version
-from qpair.app.cores import format_mask
-from qpair.app.logs import FLAGS, get_level, set_level
 from qpair.errors import InvalidParameters, NoSuchDevice
 from qpair.rpc.registry import REGISTRY, Params, method
-from qpair.rpc.types import KillSignal, LogLevel
+from qpair.rpc.types import KillSignal
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
@@ -86,52 +82,42 @@ async def framework_wait_init(stack: Stack, params: None) -> bool:
     return True
 
 
-@method("framework_get_reactors")
-async def framework_get_reactors(stack: Stack, params: None) -> dict[str, Any]:
-    """One object a reactor; its pollers stand as threads, for a reactor of ours runs them itself."""
-    reactors = []
-    for reactor in await stack.reactors():
-        lcore = reactor["lcore"]
-        usage = _thread_seconds(reactor["tid"])
-        threads = [
-            {"name": poller["name"], "id": index, "cpumask": format_mask([lcore]), "elapsed": poller["busy_ns"]}
-            for index, poller in enumerate(reactor["pollers"], 1)
-        ]
-        reactors.append(
-            {
-                "lcore": lcore,
-                "numa_id": _numa_node(lcore),
-                "tid": reactor["tid"],
-                "busy": reactor["busy_ns"],
-                "idle": reactor["idle_ns"],
-                "in_interrupt": any(poller["state"] == "armed" for poller in reactor["pollers"]),
-                "irq": 0,
-                "sys": usage[1],
-                "usr": usage[0],
-                "lw_threads": threads,
-            }
-        )
-    return {"tick_rate": TICKS_A_SECOND, "pid": os.getpid(), "reactors": reactors}
+@method("framework_get_scheduler", startup=True)
+async def framework_get_scheduler(stack: Stack, params: None) -> dict[str, Any]:
+    """What framework_set_scheduler and scheduler_set_options said; there is none: pollers stay on the reactor that they were given."""
+    said = stack.inert.last("scheduler", "framework_set_scheduler")
+    options = stack.inert.last("scheduler", "scheduler_set_options")
+    return {
+        "scheduler_name": said.get("name", "static"),
+        "scheduler_period": said.get("period", 0),
+        "isolated_core_mask": options.get("isolated_core_mask", ""),
+        "scheduling_core": options.get("scheduling_core", stack.cores[0]),
+    }
 
 
-@method("thread_get_stats")
-async def thread_get_stats(stack: Stack, params: None) -> dict[str, Any]:
-    """One object a reactor (a reactor is the thread)."""
-    threads = []
-    for index, reactor in enumerate(await stack.reactors(), 1):
-        threads.append(
-            {
-                "name": f"reactor_{reactor['lcore']}",
-                "id": index,
-                "cpumask": format_mask([reactor["lcore"]]),
-                "busy": reactor["busy_ns"],
-                "idle": reactor["idle_ns"],
-                "active_pollers_count": len(reactor["pollers"]),
-                "timed_pollers_count": 0,
-                "paused_pollers_count": 0,
-            }
-        )
-    return {"tick_rate": TICKS_A_SECOND, "ticks": time.monotonic_ns(), "threads": threads}
+@method("framework_get_governor")
+async def framework_get_governor(stack: Stack, params: None) -> dict[str, Any]:
+    """Nothing: no governor sets the cores' frequencies."""
+    return {}
+
+
+@method("framework_get_pci_devices")
+async def framework_get_pci_devices(stack: Stack, params: None) -> list[Any]:
+    """The PCI devices that this process drives itself: none."""
+    return []
+
+
+@method("framework_disable_cpumask_locks", startup=True)
+async def framework_disable_cpumask_locks(stack: Stack, params: None) -> bool:
+    """Let others use these cores: they always may."""
+    return True
+
+
+@method("framework_enable_cpumask_locks", startup=True)
+async def framework_enable_cpumask_locks(stack: Stack, params: None) -> bool:
+    """SPDK would keep other instances off these cores. Here reactors that sleep share them, so this is without effect."""
+    stack.inert.report("framework_enable_cpumask_locks", "has no effect here: cores are shared")
+    return True
 
 
 class SpdkKillInstance(Params):
@@ -148,86 +134,3 @@ async def spdk_kill_instance(stack: Stack, params: SpdkKillInstance) -> bool:
     else:
         os.kill(os.getpid(), signal.Signals[params.sig_name])
     return True
-
-
-class LogSetLevel(Params):
-    """``level``: ERROR, WARNING, NOTICE, INFO or DEBUG."""
-
-    level: LogLevel
-
-
-@method("log_set_level", params=LogSetLevel, startup=True)
-async def log_set_level(stack: Stack, params: LogSetLevel) -> bool:
-    """Drop what is less severe."""
-    set_level(params.level)
-    return True
-
-
-@method("log_get_level", startup=True)
-async def log_get_level(stack: Stack, params: None) -> str:
-    """The present level."""
-    return get_level()
-
-
-@method("log_set_print_level", params=LogSetLevel, startup=True)
-async def log_set_print_level(stack: Stack, params: LogSetLevel) -> bool:
-    """Print nothing less severe on standard error."""
-    set_level(params.level, printed=True)
-    return True
-
-
-@method("log_get_print_level", startup=True)
-async def log_get_print_level(stack: Stack, params: None) -> str:
-    """The present level of what is printed."""
-    return get_level(printed=True)
-
-
-@method("log_get_flags", startup=True)
-async def log_get_flags(stack: Stack, params: None) -> dict[str, bool]:
-    """The components whose debug messages can be switched on, and whether they are."""
-    return {flag: logging.getLogger(f"qpair.{flag}").level == logging.DEBUG for flag in FLAGS}
-
-
-class LogFlag(Params):
-    """``flag``: one of log_get_flags, or "all"."""
-
-    flag: str
-
-
-@method("log_set_flag", params=LogFlag, startup=True)
-async def log_set_flag(stack: Stack, params: LogFlag) -> bool:
-    """Debug messages of one component on."""
-    _set_flag(params.flag, logging.DEBUG)
-    return True
-
-
-@method("log_clear_flag", params=LogFlag, startup=True)
-async def log_clear_flag(stack: Stack, params: LogFlag) -> bool:
-    """Debug messages of one component off."""
-    _set_flag(params.flag, logging.NOTSET)
-    return True
-
-
-def _set_flag(flag: str, level: int) -> None:
-    if flag != "all" and flag not in FLAGS:
-        raise InvalidParameters(f"parameter 'flag': {flag!r:.64} is none of {', '.join(FLAGS)}, all")
-    for name in FLAGS if flag == "all" else (flag,):
-        logging.getLogger(f"qpair.{name}").setLevel(level)
-
-
-def _numa_node(core: int) -> int:
-    try:
-        names = os.listdir(f"/sys/devices/system/cpu/cpu{core}")
-    except OSError:
-        return 0
-    return next((int(name[4:]) for name in names if name.startswith("node") and name[4:].isdigit()), 0)
-
-
-def _thread_seconds(tid: int) -> tuple[int, int]:
-    """User and system time of a thread of this process, in clock ticks of the kernel."""
-    try:
-        with open(f"/proc/self/task/{tid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        return int(fields[11]), int(fields[12])
-    except (OSError, IndexError, ValueError):
-        return 0, 0

@@ -77,7 +77,6 @@ class BdevSubsystem(Subsystem):
         self._unsubscribe: Callable[[], None] = lambda: None
         self.records: dict[str, Record] = {}
         self.events = EventBus()
-        self.auto_examine = True
         self._lowest: dict[str, int] = {}
         self._python: dict[str, PythonBdevRunner] = {}
         self._changed: set[asyncio.Future[None]] = set()
