@@ -6,7 +6,7 @@ use qpair_reactor::Reactor;
 use uuid::Uuid;
 
 use crate::layer::ZEROS;
-use crate::{BdevError, Buffer, ChannelId, FRAMES_MAX, Hold, IoId, Layer, Op};
+use crate::{BdevError, Buffer, ChannelId, FRAMES_MAX, Hold, IoId, Layer, Op, Zoned};
 
 /// A set of operations.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -74,6 +74,8 @@ pub struct Info {
     pub write_cache: bool,
     /// What the device does itself.
     pub supported: OpSet,
+    /// The zones it is written in, if it is a zoned one.
+    pub zoned: Option<Zoned>,
     /// The file behind it, if any.
     pub path: Option<String>,
     /// How many bdevs lie below it, one upon the other.
@@ -105,6 +107,7 @@ impl Info {
             readonly: false,
             write_cache: false,
             supported: OpSet::of(&[Op::Read, Op::Write, Op::Reset]),
+            zoned: None,
             path: None,
             depth: 0,
             bases: Vec::new(),
@@ -122,6 +125,7 @@ impl Info {
             readonly: base.readonly,
             write_cache: base.write_cache,
             supported: base.supported,
+            zoned: base.zoned,
             depth: base.depth.saturating_add(1),
             bases: vec![base.name.clone()],
             ..Self::new(name, module, base.block_size, base.num_blocks)
@@ -155,6 +159,17 @@ impl Info {
         if !self.max_io_blocks.is_multiple_of(unit) || boundary % unit != 0 {
             let value = format!("{unit} with max_io_blocks {} and boundary {boundary}", self.max_io_blocks);
             return Err(BdevError::invalid("write_unit_blocks", value, "a divisor of both"));
+        }
+        self.zoned.map_or(Ok(()), |zoned| self.check_zones(&zoned))
+    }
+
+    fn check_zones(&self, zoned: &Zoned) -> Result<(), BdevError> {
+        if zoned.capacity_blocks == 0 || zoned.capacity_blocks > zoned.zone_blocks {
+            let limit = format!("1 to {}, the zone's size", zoned.zone_blocks);
+            return Err(BdevError::invalid("zone_capacity", zoned.capacity_blocks, limit));
+        }
+        if !self.num_blocks.is_multiple_of(zoned.zone_blocks) {
+            return Err(BdevError::invalid("num_blocks", self.num_blocks, format!("a multiple of the zone's {}", zoned.zone_blocks)));
         }
         Ok(())
     }

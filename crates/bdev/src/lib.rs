@@ -32,6 +32,7 @@ pub mod passthru;
 pub mod python;
 mod registry;
 mod stats;
+mod zoned;
 
 pub use buffer::Buffer;
 pub use device::{Channel, Device, Fate, Info, OpSet};
@@ -43,3 +44,4 @@ pub use lifecycle::Hold;
 pub use qpair_wire::nvme::Status;
 pub use registry::{Descriptor, DeviceId, Notice, Registry};
 pub use stats::Stats;
+pub use zoned::{ZONE_DESCRIPTOR_BYTES, ZoneAction, ZoneDescriptor, ZoneState, Zoned};

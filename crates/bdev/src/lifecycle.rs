@@ -319,6 +319,17 @@ pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, 
     );
 }
 
+/// Has the device's channels polled on their reactors, now; replies when all were. For a module that was told something by Python.
+pub fn poke(registry: &Arc<Registry>, device: DeviceId, reply: Reply<()>) {
+    let name = registry.get(device).map_or_else(String::new, |(_, info)| info.name.clone());
+    let answer = Answer::new(&name, reply);
+    let poll = |layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, _part| {
+        layer.with_channel(reactor, channel, |module, layer, reactor| module.poll(layer, reactor));
+        layer.settle(reactor);
+    };
+    on_channels(registry, device, Stance::Neither, poll, move |_| answer.send(Ok(())));
+}
+
 /// Sums a device's counters over its channels.
 pub fn statistics(registry: &Arc<Registry>, name: &str, reset: bool, reply: Reply<Stats>) {
     let device = match registry.live(name) {

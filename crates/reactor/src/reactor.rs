@@ -13,7 +13,7 @@ use crate::driver::{Completion, Driver, WatchId};
 use crate::event::Event;
 use crate::log::{self, Level};
 use crate::poller::{LocalWaker, Poller, PollerId, PollerState, PollerStats, Slot, Wake};
-use crate::timer::{TimerId, Timers};
+use crate::timer::{Callback, TimerId, Timers};
 use crate::{Clock, Config, Inbox, Message, ReactorId, ReactorStats, Turn};
 
 /// Most looks at the active pollers in one turn.
@@ -173,7 +173,12 @@ impl Reactor {
 
     /// Runs `callback` once at or after `after_ns` from now.
     pub fn after(&mut self, after_ns: u64, callback: impl FnOnce(&mut Reactor) + 'static) -> TimerId {
-        self.timers.add(self.now_ns.saturating_add(after_ns), Box::new(callback))
+        self.timers.add(self.now_ns.saturating_add(after_ns), Callback::Run(Box::new(callback)))
+    }
+
+    /// Wakes a poller of this reactor when its time is `at_ns`. In steady state this allocates nothing.
+    pub fn wake_at(&mut self, at_ns: u64, waker: &LocalWaker) -> TimerId {
+        self.timers.add(at_ns, Callback::Wake(waker.clone()))
     }
 
     /// True if the timer had not run.
@@ -363,7 +368,7 @@ impl Reactor {
         let newest = self.timers.newest();
         while let Some(callback) = self.timers.due(self.now_ns, newest) {
             count += 1;
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| callback(self))) {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| callback.call(self))) {
                 self.panics(format!("a timer panicked: {}", panic_text(&*panic)));
             }
         }

@@ -3,13 +3,26 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
-use crate::Reactor;
+use crate::{LocalWaker, Reactor};
 
 /// Names a timer of one reactor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TimerId(u64);
 
-type Callback = Box<dyn FnOnce(&mut Reactor)>;
+/// What a timer does. A wake-up is a kind of its own because it needs no memory.
+pub(crate) enum Callback {
+    Run(Box<dyn FnOnce(&mut Reactor)>),
+    Wake(LocalWaker),
+}
+
+impl Callback {
+    pub(crate) fn call(self, reactor: &mut Reactor) {
+        match self {
+            Self::Run(run) => run(reactor),
+            Self::Wake(waker) => waker.wake(),
+        }
+    }
+}
 
 /// Deadlines and what to do then. Cancelled ones stay in the heap until their time, without their callback.
 #[derive(Default)]

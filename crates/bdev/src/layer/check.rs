@@ -3,7 +3,7 @@
 use qpair_wire::nvme::Status;
 
 use super::split::spans_too_much;
-use crate::{Info, Io, Op};
+use crate::{Info, Io, Op, ZoneAction};
 
 /// What becomes of an I/O.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,6 +28,7 @@ pub(super) fn is_plain(info: &Info, io: &Io) -> bool {
         && io.lba < info.num_blocks
         && io.blocks <= info.num_blocks - io.lba
         && fits(info, io)
+        && info.zoned.as_ref().is_none_or(|zoned| zoned.holds(io.lba, io.blocks))
         && io.list_bytes() == io.blocks << info.block_size.trailing_zeros()
         && (!writes || info.write_unit_blocks == 1)
 }
@@ -56,7 +57,7 @@ pub(super) fn route(info: &Info, io: &Io) -> Route {
             | Op::ZoneAppend
             | Op::ZoneManagement
             | Op::WriteUncorrectable
-    );
+    ) && !(io.op == Op::ZoneManagement && io.command[0] == ZoneAction::Report as u8);
     if changes && info.readonly {
         return Route::Answer(Status::NAMESPACE_WRITE_PROTECTED);
     }
@@ -73,6 +74,9 @@ pub(super) fn route(info: &Info, io: &Io) -> Route {
     }
     if io.lba >= info.num_blocks || io.blocks > info.num_blocks - io.lba {
         return Route::Answer(Status::LBA_OUT_OF_RANGE);
+    }
+    if let Some(status) = info.zoned.as_ref().and_then(|zoned| zoned.refuses(io)) {
+        return Route::Answer(status);
     }
     match io.op {
         Op::Read | Op::Write => transfer(info, io),
