@@ -93,37 +93,58 @@ class Disk:
         }
 
 
+@dataclass
+class Request:
+    ring: Ring
+    token: int
+    op: str
+    offset: int
+    length: int
+    buffer: bytearray
+    data: memoryview
+    done: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    def complete(self, errno: int = 0) -> None:
+        if self.done:
+            raise ValueError(f"{self.op} at {self.offset} was completed before")
+        self.done = True
+        self.data.release()
+        if errno:
+            self.ring.engine.reply(self.token, None, EngineError(errno, f"{self.op} failed"))
+        else:
+            self.ring.engine.reply(self.token, bytes(self.buffer) if self.op == "read" else None)
+
+    def fail(self, errno: int) -> None:
+        self.complete(errno)
+
+
 class Ring:
     def __init__(self, engine: Engine, number: int, disk: Disk) -> None:
         self.id = number
         self.engine = engine
         self.disk = disk
         self.waiting: deque[tuple[int, str, int, int, Any]] = deque()
-        self.out: dict[int, tuple[int, str, memoryview | bytearray | None]] = {}
         self.closed = False
 
-    def fetch(self, max_requests: int = 64) -> list[tuple[int, str, int, int, memoryview | None]]:
-        found = []
-        while self.waiting and len(found) < max_requests:
+    def fetch(self, max_requests: int = 64) -> list[tuple[str, tuple[Request, ...]]]:
+        found: dict[str, list[Request]] = {}
+        while self.waiting and max_requests > 0:
+            max_requests -= 1
             token, op, offset, blocks, data = self.waiting.popleft()
-            slot = token
-            buffer = None
-            if op == "read":
-                buffer = bytearray(blocks * self.disk.block_size)
-            elif op == "write":
-                buffer = bytearray(data)
-            self.out[slot] = (token, op, buffer)
-            found.append((slot, op, offset, blocks, None if buffer is None else memoryview(buffer)))
-        return found
+            size = self.disk.block_size
+            buffer = bytearray(blocks * size if op == "read" else data if op == "write" else 0)
+            view = memoryview(buffer) if op == "read" else memoryview(buffer).toreadonly()
+            found.setdefault(op, []).append(Request(self, token, op, offset * size, blocks * size, buffer, view))
+        return [(op, tuple(requests)) for op, requests in found.items()]
 
-    def complete(self, slot: int, errno: int = 0) -> None:
-        if slot not in self.out:
-            raise ValueError(f"slot {slot} is not with Python")
-        token, op, buffer = self.out.pop(slot)
-        if errno:
-            self.engine.reply(token, None, EngineError(errno, f"{op} failed"))
-        else:
-            self.engine.reply(token, bytes(buffer) if op == "read" and buffer is not None else None)
+    def finish(self, requests: Any, errno: int = 0) -> None:
+        for request in requests:
+            if not request.done:
+                request.complete(errno)
 
     def close(self) -> None:
         self.closed = True

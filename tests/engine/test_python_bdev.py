@@ -29,16 +29,17 @@ class Store:
 
     def serve(self) -> None:
         while not self.stopping.wait(0.0005):
-            for slot, op, offset, blocks, buffer in self.ring.fetch():
+            for op, requests in self.ring.fetch():
                 self.seen.append(op)
-                span = slice(offset * SIZE, (offset + blocks) * SIZE)
-                if op == "read":
-                    buffer[:] = self.data[span]
-                elif op == "write":
-                    self.data[span] = buffer
-                elif op in ("unmap", "write_zeroes"):
-                    self.data[span] = bytes(blocks * SIZE)
-                self.ring.complete(slot)
+                for request in requests:
+                    span = slice(request.offset, request.end)
+                    if op == "read":
+                        request.data[:] = self.data[span]
+                    elif op == "write":
+                        self.data[span] = request.data
+                    elif op in ("unmap", "write_zeroes"):
+                        self.data[span] = bytes(request.length)
+                self.ring.finish(requests)
 
     def stop(self) -> None:
         self.stopping.set()
@@ -52,8 +53,16 @@ def fetch(driver: Any, ring: Any) -> Any:
     if not got:
         driver.until(lambda: len(driver.events_of(native.PythonBdevWork)) > before, "work")
         got = ring.fetch(1)
-    (request,) = got
+    ((op, (request,)),) = got
+    assert op == request.op
     return request
+
+
+def fetch_all(ring: Any, count: int) -> list[Any]:
+    requests: list[Any] = []
+    while len(requests) < count:
+        requests += [request for _, batch in ring.fetch(3) for request in batch]
+    return requests
 
 
 def test_a_store_in_python_keeps_what_was_written(driver: Any) -> None:
@@ -83,17 +92,14 @@ def test_work_is_told_once_until_a_fetch_finds_nothing(start: Callable[..., Any]
     disk = driver.open("p0")
     tokens = [driver.engine.bdev_io(disk, "read", 0, 1) for _ in range(10)]
     driver.until(lambda: bool(driver.events_of(native.PythonBdevWork)), "work")
-    slots = []
-    while len(slots) < 10:
-        slots += [slot for slot, *_ in ring.fetch(3)]
+    requests = fetch_all(ring, 10)
     assert [event.ring for event in driver.events_of(native.PythonBdevWork)] == [ring.id]
     assert ring.fetch() == []
-    for slot in slots:
-        ring.complete(slot)
+    ring.finish(requests)
     assert [driver.wait(token) for token in tokens] == [bytes(SIZE)] * 10
     again = driver.engine.bdev_io(disk, "read", 0, 1)
     driver.until(lambda: len(driver.events_of(native.PythonBdevWork)) == 2, "work again")
-    ring.complete(ring.fetch()[0][0], errno.ENOSPC)
+    fetch_all(ring, 1)[0].fail(errno.ENOSPC)
     with pytest.raises(native.EngineError) as caught:
         driver.wait(again)
     assert caught.value.errno == errno.ENOSPC
@@ -104,16 +110,46 @@ def test_each_request_is_completed_once(start: Callable[..., Any]) -> None:
     ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE)
     disk = driver.open("p0")
     token = driver.engine.bdev_io(disk, "flush")
-    slot = fetch(driver, ring)[0]
+    request = fetch(driver, ring)
     with pytest.raises(native.EngineError, match="errno 5000: 0 to 4095"):
-        ring.complete(slot, 5000)
-    ring.complete(slot)
+        request.complete(5000)
+    with pytest.raises(native.EngineError, match="errno 0: 1 to 4095"):
+        request.fail(0)
+    assert repr(request) == "<flush at 0, 0 bytes>"
+    request.complete()
     driver.wait(token)
-    text = "is not with Python: each fetched request is completed once"
-    with pytest.raises(ValueError, match=f"slot {slot} {text}"):
-        ring.complete(slot)
-    with pytest.raises(ValueError, match=f"slot 4000000000 {text}"):
-        ring.complete(4_000_000_000)
+    with pytest.raises(ValueError, match="flush at 0 was completed before"):
+        request.complete()
+    ring.finish([request], errno.EIO)  # done: left as it is
+    other = driver.engine.bdev_python_create("p1", num_blocks=8, block_size=SIZE)
+    with pytest.raises(ValueError, match="a request of another bdev"):
+        other.finish([request])
+    with pytest.raises(TypeError):
+        ring.finish([1])
+
+
+def test_a_request_that_is_dropped_fails(start: Callable[..., Any]) -> None:
+    driver = start()
+    ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE)
+    disk = driver.open("p0")
+    token = driver.engine.bdev_io(disk, "read", 0, 1)
+    request = fetch(driver, ring)
+    del request
+    with pytest.raises(native.EngineError) as caught:
+        driver.wait(token)
+    assert caught.value.errno == errno.EIO
+
+
+def test_what_python_does_not_fill_reads_as_zeros(start: Callable[..., Any]) -> None:
+    driver = start()
+    ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE, depth=1)
+    disk = driver.open("p0")
+    token = driver.engine.bdev_io(disk, "write", 0, 1, b"secret!!" * 64)
+    fetch(driver, ring).complete()
+    driver.wait(token)
+    token = driver.engine.bdev_io(disk, "read", 0, 1)
+    fetch(driver, ring).complete()
+    assert driver.wait(token) == bytes(SIZE)
 
 
 def test_a_view_outlives_its_request_without_reaching_another_one(start: Callable[..., Any]) -> None:
@@ -121,30 +157,64 @@ def test_a_view_outlives_its_request_without_reaching_another_one(start: Callabl
     ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE, depth=1)
     disk = driver.open("p0")
     token = driver.engine.bdev_io(disk, "read", 0, 1)
-    slot, op, offset, blocks, kept = fetch(driver, ring)
-    assert (op, offset, blocks, kept.nbytes, kept.readonly) == ("read", 0, 1, SIZE, False)
+    request = fetch(driver, ring)
+    view = request.data
+    assert (request.op, request.offset, request.length, request.end) == ("read", 0, SIZE, SIZE)
+    assert (view.nbytes, view.readonly, view.format, request.data is view) == (SIZE, False, "B", True)
+    kept = view[:]
     kept[:] = b"a" * SIZE
-    ring.complete(slot)
+    exporter = view.obj
+    request.complete()
     kept[:] = b"b" * SIZE
     assert driver.wait(token) == b"a" * SIZE
+    assert ring.buffers_kept == 1
+    with pytest.raises(ValueError, match="operation forbidden on released memoryview object"):
+        view[0]
+    with pytest.raises(ValueError, match="read at 0 was completed: its data are gone"):
+        request.data  # noqa: B018
+    with pytest.raises(BufferError, match="a buffer is looked at through its request's data"):
+        memoryview(exporter)
     token = driver.engine.bdev_io(disk, "write", 3, 1, b"c" * SIZE)
-    slot, op, offset, _, view = fetch(driver, ring)
+    request = fetch(driver, ring)
+    written = request.data[:]
     kept[:] = b"d" * SIZE
-    assert (op, offset, view.readonly, bytes(view)) == ("write", 3, True, b"c" * SIZE)
+    assert (request.op, request.offset, written.readonly, bytes(written)) == ("write", 3 * SIZE, True, b"c" * SIZE)
     with pytest.raises(TypeError):
-        view[0] = 1
-    ring.complete(slot)
+        written[0] = 1
+    request.complete()
     driver.wait(token)
-    assert bytes(view) == b"c" * SIZE
+    assert bytes(written) == b"c" * SIZE
     token = driver.engine.bdev_io(disk, "read", 0, 1)
-    slot, *_, fresh = fetch(driver, ring)
-    assert bytes(fresh) == bytes(SIZE)
-    assert (bytes(kept), bytes(view)) == (b"d" * SIZE, b"c" * SIZE)
-    ring.complete(slot)
+    request = fetch(driver, ring)
+    assert bytes(request.data) == bytes(SIZE)
+    assert (bytes(kept), bytes(written)) == (b"d" * SIZE, b"c" * SIZE)
+    request.complete()
     driver.wait(token)
+    assert ring.buffers_kept == 2
 
 
-def test_buffers_come_back_when_their_views_are_gone(start: Callable[..., Any]) -> None:
+def test_an_array_over_the_data_works_and_may_be_kept(start: Callable[..., Any]) -> None:
+    numpy = pytest.importorskip("numpy")
+    driver = start()
+    ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE, depth=1)
+    disk = driver.open("p0")
+    token = driver.engine.bdev_io(disk, "read", 0, 1)
+    request = fetch(driver, ring)
+    array = numpy.frombuffer(request.data, dtype="<u8")
+    array[:] = numpy.arange(SIZE // 8)
+    ring.finish([request])
+    expected = numpy.arange(SIZE // 8, dtype="<u8").tobytes()
+    assert driver.wait(token) == expected
+    for _ in range(3):
+        token = driver.engine.bdev_io(disk, "write", 0, 1, b"z" * SIZE)
+        request = fetch(driver, ring)
+        assert not numpy.frombuffer(request.data, dtype="u1").flags.writeable
+        request.complete()
+        driver.wait(token)
+    assert array.tobytes() == expected
+
+
+def test_buffers_go_when_their_views_do(start: Callable[..., Any]) -> None:
     driver = start()
     ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE, depth=4, max_io_bytes=1 << 20)
     disk = driver.open("p0")
@@ -154,16 +224,21 @@ def test_buffers_come_back_when_their_views_are_gone(start: Callable[..., Any]) 
         with open("/proc/self/maps") as maps:
             return sum(1 for _ in maps)
 
-    def once() -> None:
+    def once(keep: bool) -> Any:
         token = driver.engine.bdev_io(disk, "read", 0, 1)
-        slot, *_ = fetch(driver, ring)
-        ring.complete(slot)
+        request = fetch(driver, ring)
+        view = request.data[:1] if keep else None
+        request.complete()
         driver.wait(token)
+        return view
 
-    once()
+    for _ in range(8):
+        once(False)
     before = mapped()
-    for _ in range(200):
-        once()
+    views = [once(True) for _ in range(100)]
+    assert mapped() >= before + 90
+    assert ring.buffers_kept == 100
+    views.clear()
     assert mapped() <= before + 20
 
 
@@ -172,14 +247,15 @@ def test_closing_the_ring_fails_what_is_under_way(start: Callable[..., Any]) -> 
     ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE)
     disk = driver.open("p0")
     tokens = [driver.engine.bdev_io(disk, "read", 0, 1) for _ in range(4)]
-    slot, *_, view = fetch(driver, ring)
+    request = fetch(driver, ring)
+    view = request.data
     ring.close()
     for token in tokens:
         with pytest.raises(native.EngineError) as caught:
             driver.wait(token)
         assert caught.value.errno == errno.EIO
-    ring.complete(slot)
     assert view.nbytes == SIZE
+    request.complete()
     driver.wait(driver.engine.bdev_unregister("p0"))
 
 
@@ -188,13 +264,13 @@ def test_removal_aborts_what_python_does_not_answer(start: Callable[..., Any]) -
     ring = driver.engine.bdev_python_create("p0", num_blocks=8, block_size=SIZE)
     disk = driver.open("p0")
     tokens = [driver.engine.bdev_io(disk, "read", 0, 1) for _ in range(4)]
-    slot, *_ = fetch(driver, ring)
+    request = fetch(driver, ring)
     driver.wait(driver.engine.bdev_unregister("p0", deadline_ms=50))
     for token in tokens:
         with pytest.raises(native.EngineError) as caught:
             driver.wait(token)
         assert caught.value.errno == errno.ECANCELED
-    ring.complete(slot)
+    request.complete()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,35 @@ mod sync {
     pub(crate) use loom::sync::atomic;
 }
 
+use std::sync::Arc;
+
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
-use loom::sync::{Arc, Condvar, Mutex};
+use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use turn::Turn;
+
+/// Dropped, unless the model has failed already: then loom's types must not be touched any more.
+struct Calm<T>(Option<T>);
+
+impl<T> Drop for Calm<T> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::mem::forget(self.0.take());
+        }
+    }
+}
+
+impl<T> std::ops::Deref for Calm<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.as_ref().unwrap()
+    }
+}
+
+fn calm<T>(value: T) -> Arc<Calm<T>> {
+    Arc::new(Calm(Some(value)))
+}
 
 /// An event: level until taken.
 struct Bell {
@@ -43,9 +68,9 @@ struct Shared {
 }
 
 impl Shared {
-    fn new() -> Arc<Self> {
+    fn new() -> Arc<Calm<Self>> {
         let bell = Bell { rung: Mutex::new(0), wake: Condvar::new() };
-        Arc::new(Self { queue: AtomicUsize::new(0), turn: Turn::default(), bell })
+        calm(Self { queue: AtomicUsize::new(0), turn: Turn::default(), bell })
     }
 
     fn push(&self) {
@@ -112,11 +137,12 @@ fn without_a_fence_a_call_is_lost() {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(3);
     builder.check(|| {
-        let (called, queue) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
-        let bell = Arc::new(Bell { rung: Mutex::new(0), wake: Condvar::new() });
+        let bell = Bell { rung: Mutex::new(0), wake: Condvar::new() };
+        let shared = calm((AtomicBool::new(true), AtomicUsize::new(0), bell));
         let producer = {
-            let (called, queue, bell) = (called.clone(), queue.clone(), bell.clone());
+            let shared = shared.clone();
             thread::spawn(move || {
+                let (called, queue, bell) = &**shared;
                 queue.store(1, Ordering::Relaxed);
                 fence(Ordering::SeqCst);
                 if !called.load(Ordering::Relaxed) {
@@ -124,6 +150,7 @@ fn without_a_fence_a_call_is_lost() {
                 }
             })
         };
+        let (called, queue, bell) = &**shared;
         called.store(false, Ordering::Relaxed);
         // No fence here.
         while queue.load(Ordering::Relaxed) == 0 {

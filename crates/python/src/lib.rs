@@ -18,6 +18,7 @@
 
 mod bdev;
 mod core;
+mod desk;
 mod engine;
 mod events;
 mod io;
@@ -34,6 +35,8 @@ use pyo3::prelude::*;
 mod _engine {
     use super::*;
 
+    #[pymodule_export]
+    use super::desk::PythonBdevRequest;
     #[pymodule_export]
     use super::engine::Engine;
     #[pymodule_export]

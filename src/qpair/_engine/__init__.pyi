@@ -12,7 +12,7 @@ The log is the process's: with several engines, the youngest live one tells it.
 Units: ``*_blocks`` counts logical blocks of the bdev, ``*_bytes`` bytes, ``*_ns`` nanoseconds, ``*_us`` microseconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self, TypeAlias, final
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "EngineError",
     "Event",
     "LogEvent",
+    "PythonBdevRequest",
     "PythonBdevRing",
     "PythonBdevWork",
     "Reply",
@@ -256,17 +257,36 @@ class Engine:
     def perf_stop(self, token: int) -> None: ...
 
 @final
+class PythonBdevRequest:
+    """One I/O for Python. One that is dropped without having been completed fails with EIO."""
+
+    op: Literal["read", "write", "flush", "unmap", "write_zeroes", "reset"]
+    offset: int
+    length: int
+    end: int
+    done: bool
+    data: memoryview
+    """A pooled buffer: zeros to be filled for read, read-only data for write, empty for the others. ``ValueError`` once done; a view that is still held then (a
+    slice, an array) keeps its bytes, and what is done to them reaches nobody."""
+
+    def complete(self, errno: int = 0) -> None:
+        """``ValueError`` for one that was completed before."""
+
+    def fail(self, errno: int) -> None: ...
+
+@final
 class PythonBdevRing:
     """The engine's side of a bdev whose I/O Python does. Level-triggered: `PythonBdevWork` comes once until `fetch` finds nothing."""
 
     id: int
-    def fetch(self, max_requests: int = 64) -> list[tuple[int, str, int, int, memoryview | None]]:
-        """Requests ``(slot, op, offset_blocks, num_blocks, buffer)``; ops "read", "write", "flush", "unmap", "write_zeroes", "reset".
-        The buffer is a pooled bounce buffer: zeros to be filled for read, read-only data for write. What is done to it after `complete`
-        reaches nobody; it is used again when its last view is gone."""
+    buffers_kept: int
+    """Buffers of which Python still held a view when their request was completed, ever. They were left to it."""
 
-    def complete(self, slot: int, errno: int = 0) -> None:
-        """``ValueError`` for a slot that is not with Python: each request is completed once."""
+    def fetch(self, max_requests: int = 64) -> list[tuple[str, tuple[PythonBdevRequest, ...]]]:
+        """Requests by operation: "read", "write", "flush", "unmap", "write_zeroes", "reset"."""
+
+    def finish(self, requests: Iterable[PythonBdevRequest], errno: int = 0) -> None:
+        """Completes those that are not done, in one crossing."""
 
     def close(self) -> None: ...
 

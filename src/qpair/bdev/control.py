@@ -318,7 +318,8 @@ class BdevSubsystem(Subsystem):
             )
         except OSError as error:
             raise from_engine(error) from error
-        self._python[bdev.name] = PythonBdevRunner(self.stack.bridge, ring, bdev)
+        bridge = self.stack.bridge
+        self._python[bdev.name] = PythonBdevRunner(bdev.name, ring, bdev, lambda wake: bridge.subscribe_work(ring.id, wake))
         return BdevHandle(self.stack, bdev.name)
 
     def record(self, name: str, record: Record) -> BdevHandle:
