@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpair.app.cores import parse_cores
 from qpair.app.sizes import parse_size
+from qpair.bdev.latency import Latencies
 from qpair.errors import InvalidArgument, NoSuchFile, from_engine
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class PerfResult:
     max_gap_ns: int
     per_reactor: tuple[tuple[int, int], ...]
     """(lcore, I/Os) a reactor."""
+    latencies: Latencies = field(repr=False, compare=False, default_factory=lambda: Latencies((), ()))
+    """The whole distribution: ``result.latencies.percentile(99.9)``."""
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> PerfResult:
@@ -82,11 +85,14 @@ class PerfResult:
             p99_99_ns=percentiles["99.99"],
             max_gap_ns=raw["max_gap_ns"],
             per_reactor=tuple((item["lcore"], item["ios"]) for item in raw["per_reactor"]),
+            latencies=Latencies.decode(raw["histogram"], max_ns=raw["max_ns"]),
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; the distribution as [percent, nanoseconds] where a tenth of the rest is left each."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "latencies"}
+        steps = [50.0, *(100 - 10.0**-nines for nines in range(-1, 5))]
+        return plain | {"percentiles_ns": [[round(step, 4), self.latencies.percentile(step)] for step in (*steps, 100.0)]}
 
 
 class PerfRun:

@@ -1,9 +1,9 @@
-"""``qpair perf TARGET``: a stack of its own around one target, a load, a progress bar and a table.
+"""``qpair perf TARGET``: a stack of its own around one target, a load, a progress bar and a table; a picture of it where one is asked for.
 
-Targets: ``malloc:SIZE``, ``null:SIZE``, ``file:PATH`` (a file or block device), ``python:MODULE:CLASS`` (a `qpair.Bdev` made without arguments), ``vhost:PATH`` or the path
-of a socket (any vhost-user-blk server, by our own initiator).
+Targets: see `qpair.cli.targets`.
 
-Exit codes: 0; 1 the target or an option was refused, or I/Os failed or did not verify; 130 interrupted (what was measured is still shown).
+Exit codes: 0; 1 the target or an option was refused, or I/Os failed or did not verify; 3 the server of a ``bdev:`` target does not answer; 130 interrupted (what
+was measured is still shown).
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import contextlib
 import json
 import os
 import signal
-import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qpair.errors import InvalidArgument, QpairError
+from qpair.cli.plot import Point, check, draw
+from qpair.cli.report import INTERRUPTED, bdev_hints, explain, fail
+from qpair.cli.targets import attach
+from qpair.errors import QpairError
 
 if TYPE_CHECKING:
-    from qpair.app.stack import EngineFactory, Stack
-    from qpair.bdev.perf import PerfResult, PerfRun
+    from qpair.app.stack import EngineFactory
+    from qpair.bdev.perf import PerfResult, PerfRun, PerfSnapshot
 
 __all__ = ["PerfOptions", "measure"]
 
 NAME = "target"
-FORMS = "malloc:512MiB, null:1TiB, file:PATH, python:module:Class or vhost:SOCKET"
+READING = ("randread", "read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +50,54 @@ class PerfOptions:
     seed: int = 1
     driver: str = "auto"
     busy_poll: bool = False
+    plot: str | None = None
+    interval_s: float = 0.2
+    address: str = "/var/tmp/spdk.sock"
     as_json: bool = False
+
+    @property
+    def title(self) -> str:
+        """What was measured, in one line."""
+        mix = f" {self.mix}% reads" if self.pattern in ("randrw", "rw") else ""
+        return f"{self.target}: {self.pattern}{mix} {self.io_size}, depth {self.depth}, cores {self.cores}"
 
 
 def measure(options: PerfOptions, *, engine_factory: EngineFactory | None = None) -> int:
     """Run and print; the exit code."""
     try:
-        result, interrupted = asyncio.run(_measure(options, engine_factory))
+        if options.plot is not None:
+            check(options.plot)
+        result, points, interrupted = asyncio.run(_measure(options, engine_factory))
+        if options.plot is not None:
+            draw(options.plot, title=options.title, result=result, latencies=result.latencies, points=points)
     except QpairError as error:
-        print(f"qpair perf: {error}", file=sys.stderr)
-        return 1
+        explained = explain(error, address=options.address)
+        if error.code == -19 and options.target.startswith("bdev:"):
+            explained.hints = bdev_hints(options.address, [options.target.removeprefix("bdev:")])
+        return fail("perf", explained, as_json=options.as_json)
     if options.as_json:
-        print(json.dumps({"target": options.target, **result.as_dict()}, indent=2))
+        series = [asdict(point) for point in points]
+        print(json.dumps({"target": options.target, **result.as_dict(), "series": series}, indent=2))
     else:
         _table(options, result)
+        if options.plot is not None:
+            print(f"drawn: {options.plot}")
     if interrupted:
-        return 130
+        return INTERRUPTED
     return 1 if result.errors or result.verify_errors else 0
 
 
-async def _measure(options: PerfOptions, engine_factory: EngineFactory | None) -> tuple[PerfResult, bool]:
+async def _measure(options: PerfOptions, engine_factory: EngineFactory | None) -> tuple[PerfResult, list[Point], bool]:
     from qpair.app.stack import Stack
 
     stack = Stack(cores=options.cores, driver=options.driver, busy_poll=options.busy_poll, engine_factory=engine_factory)  # type: ignore[arg-type]
-    interrupted = False
-    async with stack:
-        name = await _attach(stack, options)
+    write = not (options.pattern in READING and _unwritable_file(options.target))
+    async with (
+        stack,
+        attach(
+            stack, options.target, name=NAME, address=options.address, block_size=options.block_size, write=write or options.verify
+        ) as name,
+    ):
         run = await stack.perf(
             name,
             pattern=options.pattern,
@@ -86,58 +109,55 @@ async def _measure(options: PerfOptions, engine_factory: EngineFactory | None) -
             verify=options.verify,
             seed=options.seed,
         )
+        interrupted = False
 
         def interrupt() -> None:
             nonlocal interrupted
             interrupted = True
             run.stop()
 
-        with _on_interrupt(interrupt):
-            if options.as_json or not sys.stderr.isatty():
-                return await run.result(), interrupted
-            await _progress(run, options)
-            return await run.result(), interrupted
+        series = _Series()
+        with _on_interrupt(interrupt), _progress(options) as shown:
+            await _watch(run, options, series, shown)
+            result = await run.result()
+        series.end(result)
+        return result, series.points, interrupted
 
 
-async def _attach(stack: Stack, options: PerfOptions) -> str:
-    """Make the target; its bdev's name."""
-    kind, separator, rest = options.target.partition(":")
-    if not separator and _is_socket(options.target):
-        kind, rest = "vhost", options.target
-    if not rest:
-        raise InvalidArgument(f"target {options.target!r}: write {FORMS}")
-    if kind == "malloc":
-        return (await stack.malloc(NAME, rest, block_size=options.block_size)).name
-    if kind == "null":
-        return (await stack.null(NAME, rest, block_size=options.block_size)).name
-    if kind == "file":
-        return (await stack.file(NAME, rest, readonly=options.pattern in ("randread", "read") and not os.access(rest, os.W_OK))).name
-    if kind == "python":
-        return (await stack.add(_python_bdev(rest))).name
-    if kind == "vhost":
-        names = await stack.rpc("bdev_virtio_attach_controller", name=NAME, trtype="user", traddr=os.path.abspath(rest), dev_type="blk")
-        return str(names[0])
-    raise InvalidArgument(f"target {options.target!r}: {kind!r} is no kind of target; write {FORMS}")
+def _unwritable_file(target: str) -> bool:
+    """A file that may be read alone is measured all the same."""
+    kind, _, path = target.partition(":")
+    return kind == "file" and not os.access(path, os.W_OK)
 
 
-def _is_socket(path: str) -> bool:
-    with contextlib.suppress(OSError):
-        return stat.S_ISSOCK(os.stat(path).st_mode)
-    return False
+class _Series:
+    """Snapshots as rates."""
 
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self._ios = self._bytes = self._errors = 0
+        self._elapsed_s = 0.0
 
-def _python_bdev(text: str) -> Any:
-    from qpair.bdev.python import Bdev
+    def add(self, ios: int, size_bytes: int, errors: int, elapsed_s: float) -> None:
+        """What it was at ``elapsed_s``."""
+        step = elapsed_s - self._elapsed_s
+        if step <= 0:
+            return
+        self.points.append(
+            Point(
+                round(elapsed_s, 4),
+                round((ios - self._ios) / step, 1),
+                round((size_bytes - self._bytes) / step / 1e6, 3),
+                errors - self._errors,
+            )
+        )
+        self._ios, self._bytes, self._errors, self._elapsed_s = ios, size_bytes, errors, elapsed_s
 
-    module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        made = getattr(import_module(module), name)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InvalidArgument(f"target python:{text}: {error}; it must name a class that is made without arguments") from error
-    if not isinstance(made, Bdev):
-        raise InvalidArgument(f"target python:{text}: {name} is no qpair.Bdev")
-    return made
+    def end(self, result: PerfResult) -> None:
+        """What came after the last snapshot, unless that is too little to say anything by."""
+        usual = self.points[0].elapsed_s if self.points else 0.0
+        if result.elapsed_s - self._elapsed_s > usual / 2:
+            self.add(result.ios, result.bytes, result.errors, result.elapsed_s)
 
 
 @contextlib.contextmanager
@@ -150,29 +170,60 @@ def _on_interrupt(callback: Any) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-async def _progress(run: PerfRun, options: PerfOptions) -> None:
+async def _watch(run: PerfRun, options: PerfOptions, series: _Series, shown: _Shown) -> None:
+    """Until it ends: a point each interval, and five times a second what a person wants to see."""
+
+    async def watch() -> None:
+        async for now in run.progress():
+            shown.update(now)
+
+    watching = asyncio.ensure_future(watch())
+    async for now in run.progress(options.interval_s):
+        series.add(now.ios, now.bytes, now.errors, now.elapsed_s)
+    await watching
+
+
+class _Shown:
+    """Progress, told to nobody."""
+
+    def update(self, now: PerfSnapshot) -> None:
+        """So far it is."""
+
+
+class _Bar(_Shown):
+    def __init__(self, bar: Any, options: PerfOptions) -> None:
+        self._bar = bar
+        self._by_ios = options.ios is not None
+        total = float(options.ios) if options.ios is not None else options.seconds
+        self._task = bar.add_task(f"{options.pattern} {options.io_size} depth {options.depth}", total=total, rate="")
+        self._ios, self._s = 0, 0.0
+
+    def update(self, now: PerfSnapshot) -> None:
+        step = now.elapsed_s - self._s
+        rate = (now.ios - self._ios) / step if step > 0 else 0.0
+        self._ios, self._s = now.ios, now.elapsed_s
+        told = f"{_count(rate)} IOPS" + (f", {now.errors} errors" if now.errors else "")
+        self._bar.update(self._task, completed=float(now.ios) if self._by_ios else now.elapsed_s, rate=told)
+
+
+@contextlib.contextmanager
+def _progress(options: PerfOptions) -> Iterator[_Shown]:
+    if options.as_json or not sys.stderr.isatty():
+        yield _Shown()
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        total = float(options.ios) if options.ios is not None else options.seconds
-        task = progress.add_task(f"{options.pattern} {options.io_size} depth {options.depth}", total=total, rate="")
-        last_ios, last_s = 0, 0.0
-        async for now in run.progress():
-            step = now.elapsed_s - last_s
-            rate = (now.ios - last_ios) / step if step > 0 else 0.0
-            last_ios, last_s = now.ios, now.elapsed_s
-            done = float(now.ios) if options.ios is not None else now.elapsed_s
-            progress.update(task, completed=done, rate=f"{_count(rate)} IOPS" + (f", {now.errors} errors" if now.errors else ""))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(bar, options)
 
 
 def _table(options: PerfOptions, result: PerfResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    mix = f" {options.mix}% reads" if options.pattern in ("randrw", "rw") else ""
-    table = Table(title=f"{options.target}: {options.pattern}{mix} {options.io_size}, depth {options.depth}, cores {options.cores}")
+    table = Table(title=options.title)
     cells = (
         ("IOPS", _count(result.iops)),
         ("MB/s", f"{result.mb_per_s:,.1f}"),

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from qpair.app.logs import FLAGS, LEVELS
-from qpair.app.serve import ServeOptions, run
+from qpair.app.serve import PASSWORD_VARIABLE, HttpOptions, ServeOptions, run
 from qpair.errors import QpairError
 
 __all__ = ["parser", "serve"]
@@ -65,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--driver", choices=("auto", "io_uring", "epoll"), default="auto", help="I/O driver (default %(default)s)")
     add("--no-pin", action="store_true", help="do not bind reactors to their cores")
+    http = made.add_argument_group("JSON-RPC by HTTP POST with Basic authentication, as SPDK's proxy; off unless asked for").add_argument
+    http("--rpc-http", metavar="HOST:PORT", help="answer there, too")
+    http("--rpc-http-user", metavar="USER", help="who may")
+    http(
+        "--rpc-http-password-file", metavar="FILE", help=f"the password is its first line (default: {PASSWORD_VARIABLE} of the environment)"
+    )
+    http("--rpc-http-cert", metavar="FILE", help="PEM of a certificate and its key: HTTPS")
     ignored = made.add_argument_group("accepted from SPDK's command line, without effect")
     for names, takes_value, text in _IGNORED:
         if takes_value:
@@ -111,6 +118,9 @@ def _options(given: argparse.Namespace) -> ServeOptions:
         log_flags=flags,
         log_level="WARNING" if quiet else "DEBUG" if flags else given.log_level,
         pid_file=given.pid_file,
+        http=HttpOptions.of(given.rpc_http, given.rpc_http_user, given.rpc_http_password_file, given.rpc_http_cert)
+        if given.rpc_http
+        else None,
         notes=[note for note in notes if note != "--silence-noticelog"],
     )
 
