@@ -24,6 +24,11 @@ impl OpSet {
         Self(bits)
     }
 
+    /// This set and `op`.
+    pub const fn with(self, op: Op) -> Self {
+        Self(self.0 | 1 << op as u32)
+    }
+
     /// Whether `op` is in it.
     #[inline]
     pub const fn has(self, op: Op) -> bool {
