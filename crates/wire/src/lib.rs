@@ -20,6 +20,7 @@ mod open_enum;
 
 pub mod errno;
 pub mod nvme;
+pub mod raid_superblock;
 pub mod vhost_user;
 pub mod virtio;
 pub mod virtio_blk;
