@@ -26,7 +26,9 @@
 //! Limits: [`DEPTH_MAX`] slots, [`BYTES_MAX`] bytes of bounce buffers in all; memory is used as it is touched.
 
 mod channel;
+mod link;
 mod ring;
+mod shared;
 mod turn;
 mod sync {
     //! The model check compiles `turn` with loom's in this place.
@@ -38,7 +40,9 @@ use std::sync::Arc;
 use qpair_reactor::Reactor;
 use uuid::Uuid;
 
+pub use self::link::{Down, Link, LinkConfig, OnDown};
 pub use self::ring::{NotWithPython, Ring, Service, Work};
+pub use self::shared::{Claim, ERRNO_MAX, EngineEnd, Lie, WorkerEnd, control_bytes};
 use crate::{BdevError, Channel, ChannelId, Device, Info, Layer, Op, OpSet};
 
 /// Most requests at once.

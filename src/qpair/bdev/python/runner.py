@@ -24,7 +24,7 @@ logger = logging.getLogger("qpair.bdev")
 class Requests(Protocol):
     """A ring, or a worker's end of one."""
 
-    def fetch(self, max_requests: int = 64) -> list[tuple[str, tuple[Request, ...]]]:
+    def fetch(self, max_requests: int = 64) -> Sequence[tuple[str, tuple[Request, ...]]]:
         """Requests by operation. Empty: there are none, and the runner will be woken."""
 
     def finish(self, requests: Sequence[Any], errno: int = 0) -> None:
