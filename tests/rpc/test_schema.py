@@ -186,7 +186,9 @@ def test_our_methods_take_whatever_spdk_rpc_sends(commands: dict[str, argparse.A
         covered += 1
         needed = required(parser)
         combinations = itertools.islice(itertools.product(*(list(candidates(action)) for action in needed)), 5000)
-        minimal = next((words for each in combinations if said(commands, method, words := sum(each, [])) is not None), None)
+        minimal = next(
+            (words for each in combinations if said(commands, method, words := [*itertools.chain.from_iterable(each)]) is not None), None
+        )
         if minimal is None:
             refused.append(f"{name}: {[action.dest for action in needed]}")
             continue

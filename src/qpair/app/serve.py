@@ -25,12 +25,51 @@ from qpair.app.logs import setup
 from qpair.app.rooms import load_rpc
 from qpair.app.stack import EngineFactory, Stack
 from qpair.app.version import VERSION
-from qpair.errors import QpairError
+from qpair.errors import InvalidArgument, QpairError, from_errno
 from qpair.rpc.server import DEFAULT_ADDRESS, RpcServer
 
-__all__ = ["ServeOptions", "run"]
+__all__ = ["HttpOptions", "ServeOptions", "run"]
+
+PASSWORD_VARIABLE = "QPAIR_RPC_HTTP_PASSWORD"
 
 logger = logging.getLogger("qpair.app")
+
+
+@dataclass
+class HttpOptions:
+    """Where JSON-RPC is answered by HTTP, and to whom."""
+
+    address: str
+    user: str
+    password: str
+    certificate: str | None = None
+
+    @classmethod
+    def of(cls, address: str, user: str | None, password_file: str | None, certificate: str | None) -> HttpOptions:
+        """The password is the first line of a file, or the environment's QPAIR_RPC_HTTP_PASSWORD: a command line is readable by everybody."""
+        if not user:
+            raise InvalidArgument("--rpc-http needs --rpc-http-user: RPC by HTTP is never open to everybody")
+        if password_file is not None:
+            return cls(address, user, _first_line(password_file), certificate)
+        password = os.environ.get(PASSWORD_VARIABLE, "")
+        if not password:
+            raise InvalidArgument(f"--rpc-http needs a password: --rpc-http-password-file FILE, or {PASSWORD_VARIABLE} in the environment")
+        return cls(address, user, password, certificate)
+
+
+def _first_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o77:
+                logger.warning("HTTP password file %s can be read by others than its owner: chmod 600", path)
+            line = file.readline(4096).rstrip("\r\n")
+    except OSError as error:
+        raise from_errno(error.errno or 5, f"HTTP password file {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"HTTP password file {path}: it is not UTF-8 text") from None
+    if not line:
+        raise InvalidArgument(f"HTTP password file {path}: its first line is empty")
+    return line
 
 
 @dataclass
@@ -49,6 +88,7 @@ class ServeOptions:
     log_flags: list[str] = field(default_factory=list)
     log_level: str = "NOTICE"
     pid_file: str | None = None
+    http: HttpOptions | None = None
     notes: list[str] = field(default_factory=list)
     """Flags that were accepted and have no effect."""
 
@@ -73,6 +113,7 @@ class _Process:
         self._factory = engine_factory
         self._stopping = asyncio.Event()
         self._server: RpcServer | None = None
+        self._addresses = ""
 
     async def main(self) -> int:
         """Start, announce, wait, stop."""
@@ -98,8 +139,8 @@ class _Process:
             if config is not None:
                 await load_startup(stack, config)
             if options.wait_for_rpc:
-                self._server = await stack.listen(options.address)
-                _say(f"qpair {VERSION}: RPC on {self._server.bound}, waiting for framework_start_init")
+                await self._listen(stack)
+                _say(f"qpair {VERSION}: RPC on {self._addresses}, waiting for framework_start_init")
                 if not await self._started(stack):
                     return 0
             else:
@@ -107,13 +148,21 @@ class _Process:
             if config is not None:
                 await load_runtime(stack, config)
             if self._server is None:
-                self._server = await stack.listen(options.address)
+                await self._listen(stack)
             self._announce(stack)
             await self._stopping.wait()
             return 0
         finally:
             await stack.stop()
             self._remove_pid_file()
+
+    async def _listen(self, stack: Stack) -> None:
+        self._server = await stack.listen(self._options.address)
+        if (http := self._options.http) is not None:
+            served = await stack.listen_http(http.address, http.user, http.password, certificate=http.certificate)
+            self._addresses = f"{self._server.bound}, {'https' if http.certificate else 'http'}://{served.bound}"
+        else:
+            self._addresses = self._server.bound
 
     async def _started(self, stack: Stack) -> bool:
         """Whether the subsystems started before somebody asked to stop."""
@@ -124,13 +173,12 @@ class _Process:
         return ready in done
 
     def _announce(self, stack: Stack) -> None:
-        assert self._server is not None
         if self._options.pid_file is not None:
             with open(self._options.pid_file, "w", encoding="ascii") as file:
                 file.write(f"{os.getpid()}\n")
         cores = ",".join(str(core) for core in stack.cores)
         _say(
-            f"qpair {VERSION}: {stack.engine.driver} reactors on cores {cores}; RPC on {self._server.bound}; vhost sockets in {stack.vhost_dir}",
+            f"qpair {VERSION}: {stack.engine.driver} reactors on cores {cores}; RPC on {self._addresses}; vhost sockets in {stack.vhost_dir}",
             "ready",
         )
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qpair.bdev.events import EventReader
     from qpair.bdev.perf import PerfResult, PerfRun
     from qpair.bdev.python import Bdev
+    from qpair.rpc.http import HttpServer
     from qpair.rpc.server import RpcServer
     from qpair.vhost.control import VhostSubsystem
     from qpair.virtio.control import VirtioSubsystem
@@ -95,7 +96,7 @@ class Stack:
         self._started: list[Subsystem] = []
         self._starting = False
         self._ready = asyncio.Event()
-        self._servers: list[RpcServer] = []
+        self._servers: list[RpcServer | HttpServer] = []
         _STACKS.add(self)
 
     # -- life -------------------------------------------------------------------------------------
@@ -269,6 +270,17 @@ class Stack:
 
         load_rpc()
         server = RpcServer(self, address or DEFAULT_ADDRESS)
+        await server.start()
+        self._servers.append(server)
+        return server
+
+    async def listen_http(self, address: str, user: str, password: str, *, certificate: str | None = None) -> HttpServer:
+        """Answer JSON-RPC by HTTP POST with Basic authentication, as SPDK's proxy does; see `qpair.rpc.http`. ``certificate``: HTTPS."""
+        from qpair.app.rooms import load_rpc
+        from qpair.rpc.http import Credentials, HttpServer
+
+        load_rpc()
+        server = HttpServer(self, address, Credentials(user, password), certificate=certificate)
         await server.start()
         self._servers.append(server)
         return server

@@ -10,13 +10,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from qpair.errors import InvalidParameters, MethodNotFound, QpairError, from_engine
-from qpair.rpc.protocol import Call, Refusal, encode_error, encode_exception, encode_result, refuse_duplicates
+from qpair.rpc.protocol import Call, Document, Refusal, encode_batch, encode_error, encode_exception, encode_result, refuse_duplicates
 from qpair.rpc.registry import REGISTRY, Registry
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
 
-__all__ = ["WrongState", "answer", "call"]
+__all__ = ["WrongState", "answer", "answer_document", "call"]
 
 logger = logging.getLogger("qpair.rpc")
 
@@ -70,3 +70,11 @@ async def answer(stack: Stack, item: Call | Refusal, *, registry: Registry = REG
         logger.exception("method %s failed", item.method[:64])
         reply = encode_error(item.id, -32603, "Internal error", f"{type(error).__name__}: {error}"[:500])
     return reply if item.wants_reply else None
+
+
+async def answer_document(stack: Stack, document: Document, *, registry: Registry = REGISTRY) -> bytes | None:
+    """The encoded answers of a document, one after the other; None when nobody wants one."""
+    answers = [reply for item in document.items if (reply := await answer(stack, item, registry=registry)) is not None]
+    if not answers:
+        return None
+    return encode_batch(answers) if document.batch else answers[0]

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Self
 
 from qpair.errors import Busy, QpairError, from_errno
 from qpair.rpc.address import DEFAULT_ADDRESS, parse_address
-from qpair.rpc.dispatch import answer
+from qpair.rpc.dispatch import answer_document
 from qpair.rpc.framing import Framer
-from qpair.rpc.protocol import Document, Refusal, decode, encode_batch, encode_error
+from qpair.rpc.protocol import Document, Refusal, decode, encode_error
 from qpair.rpc.registry import REGISTRY, Registry
 
 if TYPE_CHECKING:
@@ -286,12 +286,9 @@ class _Connection(asyncio.Protocol):
             self.queued_bytes = 0
             self._fail(refusal.code, refusal.message)
             return
-        answers = []
-        for item in document.items:
-            if (reply := await answer(self.server.stack, item, registry=self.server.registry)) is not None:
-                answers.append(reply)
-        if answers:
-            await self._write((encode_batch(answers) if document.batch else answers[0]) + b"\n")
+        reply = await answer_document(self.server.stack, document, registry=self.server.registry)
+        if reply is not None:
+            await self._write(reply + b"\n")
 
     async def _write(self, data: bytes) -> None:
         if self._transport is None:
