@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import resource
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qpair.errors import Busy, InvalidArgument
+from qpair.errors import Busy, InvalidArgument, QpairError
 from qpair.rpc import server as server_module
 from qpair.rpc.address import parse_address
 from qpair.rpc.registry import Registry, method
@@ -251,16 +252,85 @@ async def test_the_socket_is_private_and_goes_with_the_server(stack: Any, socket
 
 async def test_a_second_server_on_the_same_path_is_refused_and_a_stale_socket_replaced(stack: Any, socket_path: str) -> None:
     async with RpcServer(stack, socket_path):
-        with pytest.raises(Busy, match="is served by another process"):
+        with pytest.raises(Busy, match="is served by process"):
             await RpcServer(stack, socket_path).start()
-    import socket
-
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(socket_path)
     async with RpcServer(stack, socket_path):
         peer = await Peer.connect(socket_path)
         assert "result" in await peer.ask("spdk_get_version")
         await peer.close()
+
+
+async def test_the_socket_is_private_from_its_first_instant(stack: Any, socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    class Watched(socket.socket):
+        def bind(self, address: Any) -> None:
+            super().bind(address)
+            modes.append(stat.S_IMODE(os.stat(address).st_mode))
+
+    monkeypatch.setattr(server_module.socket, "socket", Watched)
+    mask = os.umask(0)
+    try:
+        async with RpcServer(stack, socket_path):
+            assert modes == [0o600]
+            assert stat.S_IMODE(os.stat(socket_path + ".lock").st_mode) == 0o600
+    finally:
+        assert os.umask(mask) == 0, "the process's own mask is as it was"
+
+
+async def test_a_second_instance_is_told_which_process_serves(stack: Any, socket_path: str) -> None:
+    async with RpcServer(stack, socket_path):
+        with pytest.raises(Busy) as refused:
+            await RpcServer(stack, socket_path).start()
+        assert str(refused.value) == f"RPC socket {socket_path} is served by process {os.getpid()}; name another with -r"
+
+
+async def test_a_socket_that_answers_without_a_lock_file_is_not_taken_away(stack: Any, socket_path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(socket_path)
+        other.listen(1)
+        with pytest.raises(Busy, match="is served by another process"):
+            await RpcServer(stack, socket_path).start()
+        assert os.path.exists(socket_path)
+        assert not os.path.exists(socket_path + ".lock")
+
+
+async def test_a_lock_file_that_its_owner_removes_meanwhile_is_no_lock(
+    stack: Any, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened, then removed by the server that stops, then locked: a lock on a file that no longer has the name would let two serve."""
+    real = server_module.fcntl.flock
+    removed = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not removed:
+            os.unlink(socket_path + ".lock")
+            removed.append(True)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(server_module.fcntl, "flock", flock)
+    async with RpcServer(stack, socket_path):
+        assert removed
+        with pytest.raises(Busy):
+            await RpcServer(stack, socket_path).start()
+
+
+async def test_a_lock_file_that_is_a_link_is_not_followed(stack: Any, socket_path: str, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    os.symlink(tmp_path / "precious", socket_path + ".lock")
+    with pytest.raises(QpairError, match=r"its lock .*rpc.sock.lock: Too many levels of symbolic links"):
+        await RpcServer(stack, socket_path).start()
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+async def test_who_connects_is_logged_by_the_kernels_word(server: RpcServer, socket_path: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="qpair.rpc")
+    peer = await Peer.connect(socket_path)
+    await peer.ask("spdk_get_version")
+    assert f"connection from pid {os.getpid()} uid {os.getuid()} gid {os.getgid()}" in caplog.text
+    await peer.close()
 
 
 async def test_a_plain_file_in_the_way_is_left_alone(stack: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import socket
 import stat
 import struct
 from collections import deque
+from errno import EAGAIN
 from typing import TYPE_CHECKING, Self
 
 from qpair.errors import Busy, QpairError, from_errno
@@ -90,20 +91,11 @@ class RpcServer:
             logger.warning("RPC listens on %s without authentication: whoever reaches it owns this process", self.address)
 
     def _bind_unix(self, path: str) -> socket.socket:
-        try:
-            self._lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._unlock()
-            if isinstance(error, BlockingIOError):
-                raise Busy(f"RPC socket {path} is served by another process; name another with -r") from None
-            raise from_errno(error.errno or 5, f"RPC socket {path}: {error.strerror}") from error
+        self._lock = _lock(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                    raise Busy(f"RPC socket {path}: there is a file of that name that is no socket")
-                os.unlink(path)
+            _remove_stale(path)
+            # Private from its first instant: a mode that is set after bind comes too late for whoever watches the directory.
             mask = os.umask(0o177)
             try:
                 listener.bind(path)
@@ -333,6 +325,53 @@ class _Connection(asyncio.Protocol):
             self.queued_bytes = 0
             self._fail(-12, f"Cannot allocate memory: unfinished requests hold {HELD_BYTES_MAX} bytes, the limit of all connections")
             self._account()
+
+
+def _lock(path: str) -> int:
+    """The lock file of a socket's path, locked and with our process id in it. `Busy` names the process that has it."""
+    name = path + ".lock"
+    try:
+        while True:
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its last owner may have removed it between our opening and our locking: then it is nobody's name any more.
+                if _is_file(name, descriptor):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+                    return descriptor
+            except BlockingIOError:
+                owner = os.pread(descriptor, 20, 0).strip()
+                os.close(descriptor)
+                who = f"process {int(owner)}" if owner.isdigit() else "another process"
+                raise Busy(f"RPC socket {path} is served by {who}; name another with -r") from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+    except OSError as error:
+        if isinstance(error, QpairError):
+            raise
+        raise from_errno(error.errno or 5, f"RPC socket {path}: its lock {name}: {error.strerror}") from error
+
+
+def _is_file(name: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(name), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_stale(path: str) -> None:
+    """A socket that a crash left. `Busy` when it is something else, or when somebody answers there who knows of no lock file."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise Busy(f"RPC socket {path}: there is a file of that name that is no socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(path) in (0, EAGAIN):
+                raise Busy(f"RPC socket {path} is served by another process; name another with -r")
+        os.unlink(path)
 
 
 def _peer_name(transport: asyncio.Transport) -> str:
