@@ -24,11 +24,28 @@ pub struct Shared {
     pub inflight: AtomicU64,
     pub channels: AtomicU64,
     pub plan: Plan,
+    /// What is with it: operation, first block, blocks.
+    pub present: Mutex<Vec<(IoId, Op, u64, u64)>>,
     /// Promises of the layer that were broken.
     pub broken: Mutex<Vec<String>>,
 }
 
 impl Shared {
+    fn leave(&self, id: IoId, io: &Io) {
+        let mut present = self.present.lock().unwrap();
+        // Names are a reactor's own: two may be alike.
+        let at = present.iter().position(|other| *other == (id, io.op, io.lba, io.blocks));
+        present.swap_remove(at.expect("it is here"));
+    }
+
+    /// The I/Os in a range; reads only if asked for.
+    pub fn inside(&self, lba: u64, blocks: u64, reads: bool) -> Vec<(Op, u64, u64)> {
+        let present = self.present.lock().unwrap();
+        let meets = |at: u64, count: u64| at < lba + blocks && lba < at + count;
+        let those = present.iter().filter(|(_, op, at, count)| *op != Op::Flush && (reads || *op != Op::Read) && meets(*at, *count));
+        those.map(|(_, op, at, count)| (*op, *at, *count)).collect()
+    }
+
     fn demand(&self, holds: bool, what: impl FnOnce() -> String) {
         if !holds {
             self.broken.lock().unwrap().push(what());
@@ -49,6 +66,7 @@ impl SimDevice {
             inflight: AtomicU64::new(0),
             channels: AtomicU64::new(0),
             plan,
+            present: Mutex::default(),
             broken: Mutex::default(),
         };
         Arc::new(Self { info, shared: Arc::new(shared) })
@@ -125,7 +143,7 @@ impl SimChannel {
         let size = u64::from(self.info.block_size);
         let mut bytes = self.shared.bytes.lock().unwrap();
         let range = (io.lba * size) as usize..((io.lba + blocks) * size) as usize;
-        if io.op == Op::WriteZeroes {
+        if matches!(io.op, Op::WriteZeroes | Op::Unmap) {
             bytes[range].fill(0);
         } else if matches!(io.op, Op::Read | Op::Write) {
             let mut rest = &mut bytes[range];
@@ -145,6 +163,7 @@ impl SimChannel {
     fn end(&mut self, layer: &mut Layer, pending: &Pending) {
         self.shared.inflight.fetch_sub(1, Ordering::SeqCst);
         let io = layer.io(pending.id);
+        self.shared.leave(pending.id, io);
         let fails = self.rng.chance(self.shared.plan.error, 1000);
         if pending.aborted || fails {
             self.perform(io, self.rng.clone().below(io.blocks + 1) * u64::from(io.op != Op::Flush));
@@ -171,6 +190,8 @@ impl Channel for SimChannel {
         for &id in batch {
             self.check(layer.io(id));
             self.shared.inflight.fetch_add(1, Ordering::SeqCst);
+            let io = layer.io(id);
+            self.shared.present.lock().unwrap().push((id, io.op, io.lba, io.blocks));
             let plan = self.shared.plan;
             let stalls = self.rng.chance(plan.stall, 1000);
             let due_ns = if stalls { u64::MAX } else { reactor.now_ns() + self.rng.below(plan.delay_ns + 1) };
