@@ -252,7 +252,7 @@ async def test_the_socket_is_private_and_goes_with_the_server(stack: Any, socket
 
 async def test_a_second_server_on_the_same_path_is_refused_and_a_stale_socket_replaced(stack: Any, socket_path: str) -> None:
     async with RpcServer(stack, socket_path):
-        with pytest.raises(Busy, match="is served by process"):
+        with pytest.raises(Busy, match="is served by another process"):
             await RpcServer(stack, socket_path).start()
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(socket_path)
@@ -284,7 +284,7 @@ async def test_a_second_instance_is_told_which_process_serves(stack: Any, socket
     async with RpcServer(stack, socket_path):
         with pytest.raises(Busy) as refused:
             await RpcServer(stack, socket_path).start()
-        assert str(refused.value) == f"RPC socket {socket_path} is served by process {os.getpid()}; name another with -r"
+        assert str(refused.value) == f"RPC socket {socket_path} is served by another process; name another with -r (process {os.getpid()} has its lock)"
 
 
 async def test_a_socket_that_answers_without_a_lock_file_is_not_taken_away(stack: Any, socket_path: str) -> None:

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -185,9 +186,9 @@ def save(stack: Stack, path: str | os.PathLike[str]) -> None:
     target = os.path.abspath(os.fspath(path))
     text = json.dumps(snapshot(stack), indent=2) + "\n"
     directory = os.path.dirname(target)
-    temporary = f"{target}.{os.getpid()}.tmp"
+    temporary = f"{target}.{secrets.token_hex(6)}.tmp"
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise from_errno(error.errno or 5, f"configuration {target}: {error.strerror}") from error
     try:

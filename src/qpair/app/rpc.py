@@ -7,6 +7,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from qpair.app import inert, version
+from qpair.app.saving import begin, resume
 from qpair.errors import InvalidParameters, NoSuchDevice
 from qpair.rpc.registry import REGISTRY, Params, method
 from qpair.rpc.types import KillSignal
@@ -55,6 +56,8 @@ class FrameworkGetConfig(Params):
 @method("framework_get_config", params=FrameworkGetConfig)
 async def framework_get_config(stack: Stack, params: FrameworkGetConfig) -> Any:
     """The calls that recreate one subsystem."""
+    if (part := resume(params.name)) is not None:
+        return part
     try:
         return stack.config(params.name)
     except NoSuchDevice:
@@ -64,6 +67,7 @@ async def framework_get_config(stack: Stack, params: FrameworkGetConfig) -> Any:
 @method("framework_get_subsystems")
 async def framework_get_subsystems(stack: Stack, params: None) -> list[dict[str, Any]]:
     """The subsystems in the order of starting, and what each depends on."""
+    begin(stack)
     dependencies = stack.subsystem_dependencies()
     return [{"subsystem": name, "depends_on": list(dependencies[name])} for name in stack.subsystem_order()]
 

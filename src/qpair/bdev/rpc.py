@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpair.app.rpc import TICKS_A_SECOND
 from qpair.bdev.model import HINTS, iostat
-from qpair.errors import InvalidArgument, InvalidParameters, Unsupported
+from qpair.errors import InvalidArgument, InvalidParameters, NoSuchDevice, Unsupported
 from qpair.rpc.registry import Params, method
 from qpair.rpc.types import I32, U32, U64, ResetStatMode, Uuid
 
@@ -39,7 +39,15 @@ async def bdev_get_bdevs(stack: Stack, params: GetBdevs) -> list[dict[str, Any]]
         infos = [await stack.bdevs.wait_for(params.name, params.timeout)]
     else:
         infos = [stack.bdevs.info(params.name)]
-    return [stack.bdevs.describe(info) for info in infos]
+    shown = []
+    for info in infos:
+        try:
+            shown.append(stack.bdevs.describe(info))
+        except NoSuchDevice:
+            if params.name is not None:
+                raise
+            # It, or what it stands on, went while the others were shown.
+    return shown
 
 
 class GetIostat(Params):

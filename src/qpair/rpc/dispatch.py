@@ -7,6 +7,7 @@ the method raises. An engine refusal (`OSError`) becomes its `QpairError`; anyth
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from qpair.errors import InvalidParameters, MethodNotFound, QpairError, from_engine
@@ -16,9 +17,21 @@ from qpair.rpc.registry import REGISTRY, Registry
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
 
-__all__ = ["WrongState", "answer", "answer_document", "call"]
+__all__ = ["CALLER", "Caller", "WrongState", "answer", "answer_document", "call"]
 
 logger = logging.getLogger("qpair.rpc")
+
+
+class Caller:
+    """One connection, to methods that answer what belongs together in several requests. ``requests`` counts all of them."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.kept: Any = None
+
+
+CALLER: ContextVar[Caller] = ContextVar("qpair-caller")
+"""Set while a request of a connection is answered; unset for HTTP and for calls in process."""
 
 
 class WrongState(QpairError, RuntimeError):
@@ -59,6 +72,8 @@ async def answer(stack: Stack, item: Call | Refusal, *, registry: Registry = REG
     if isinstance(item, Refusal):
         return encode_error(item.id, item.code, item.message)
     reply: bytes
+    if (caller := CALLER.get(None)) is not None:
+        caller.requests += 1
     try:
         refuse_duplicates(item)
         reply = encode_result(item.id, await call(stack, item.method, item.params, registry=registry))

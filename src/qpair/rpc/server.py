@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Self
 
 from qpair.errors import Busy, QpairError, from_errno
 from qpair.rpc.address import DEFAULT_ADDRESS, parse_address
-from qpair.rpc.dispatch import answer_document
+from qpair.rpc.dispatch import CALLER, Caller, answer_document
 from qpair.rpc.framing import Framer
 from qpair.rpc.protocol import Document, Refusal, decode, encode_error
 from qpair.rpc.registry import REGISTRY, Registry
@@ -162,6 +162,7 @@ class _Connection(asyncio.Protocol):
         self.queue: deque[bytes] = deque()
         self.queued_bytes = 0
         self.task: asyncio.Task[None] | None = None
+        self.caller = Caller()
         self.peer = "?"
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
@@ -252,6 +253,7 @@ class _Connection(asyncio.Protocol):
             self.task = asyncio.get_running_loop().create_task(self._answer_all(), name=f"rpc {self.peer}")
 
     async def _answer_all(self) -> None:
+        CALLER.set(self.caller)
         try:
             while self.queue:
                 document = self.queue.popleft()
@@ -343,8 +345,8 @@ def _lock(path: str) -> int:
             except BlockingIOError:
                 owner = os.pread(descriptor, 20, 0).strip()
                 os.close(descriptor)
-                who = f"process {int(owner)}" if owner.isdigit() else "another process"
-                raise Busy(f"RPC socket {path} is served by {who}; name another with -r") from None
+                who = f" (process {int(owner)} has its lock)" if owner.isdigit() else ""
+                raise Busy(f"RPC socket {path} is served by another process; name another with -r{who}") from None
             except BaseException:
                 os.close(descriptor)
                 raise
