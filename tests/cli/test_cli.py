@@ -20,43 +20,6 @@ from qpair.errors import InvalidArgument
 CORE = str(min(os.sched_getaffinity(0)))
 
 
-class Server:
-    """A ``qpair serve`` process under test."""
-
-    def __init__(self, process: asyncio.subprocess.Process, path: str) -> None:
-        self.process, self.path = process, path
-
-    async def line(self) -> str:
-        assert self.process.stdout is not None
-        return (await asyncio.wait_for(self.process.stdout.readline(), 20)).decode().rstrip()
-
-    async def end(self, number: int | None = signal.SIGTERM) -> tuple[int, str]:
-        if number is not None:
-            self.process.send_signal(number)
-        _, err = await asyncio.wait_for(self.process.communicate(), 20)
-        assert self.process.returncode is not None
-        return self.process.returncode, err.decode()
-
-
-@pytest.fixture
-async def serve(qpair_command: list[str], socket_path: str, tmp_path: Path) -> Any:
-    running: list[Server] = []
-
-    async def start(*flags: str) -> Server:
-        process = await asyncio.create_subprocess_exec(
-            *qpair_command, "serve", "-r", socket_path, "-m", f"[{CORE}]", "-S", str(tmp_path), "--no-pin", *flags,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        running.append(Server(process, socket_path))
-        return running[-1]
-
-    yield start
-    for server in running:
-        if server.process.returncode is None:
-            server.process.kill()
-            await server.process.wait()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_serve_says_where_it_listens_is_ready_and_stops_cleanly(serve: Any, socket_path: str, number: int, tmp_path: Path) -> None:
     server = await serve("-f", str(tmp_path / "pid"))
@@ -97,12 +60,15 @@ async def test_rpc_talks_to_serve_and_kill_instance_ends_it(serve: Any, client: 
     code, out, err = await rpc("bdev_malloc_create", "--num-blocks", "x", "--block-size", "512")
     assert (code, out) == (1, "")
     assert "parameter 'num_blocks': Expected `int`, got `str`" in err
-    assert "'qpair rpc bdev_malloc_create --help' lists its parameters" in err
+    assert "\n  its parameters: qpair rpc bdev_malloc_create --help\n" in err
     code, _, err = await rpc("bdev_get_bdevs", "--name", "nothing")
-    assert (code, err) == (1, "qpair rpc: bdev_get_bdevs: No such device: no bdev is named 'nothing' (code -19)\n")
+    assert (code, err) == (
+        1,
+        f"qpair rpc: bdev_get_bdevs: No such device: no bdev is named 'nothing' (code -19)\n  bdevs there: 7; all of them: qpair ls -r {socket_path}\n",
+    )
     code, _, err = await rpc("no_such_method")
     assert code == 1
-    assert "'qpair rpc rpc_get_methods' lists what there is" in err
+    assert err.endswith(f"\n  all methods: qpair rpc -r {socket_path} rpc_get_methods\n")
     assert (await rpc("spdk_kill_instance", "--sig-name", "SIGTERM"))[0] == 0
     assert (await server.end(None))[0] == 0
 
@@ -160,7 +126,7 @@ async def test_a_second_server_on_the_same_socket_is_refused(serve: Any) -> None
     second = await serve()
     _, err = await asyncio.wait_for(second.process.communicate(), 20)
     assert second.process.returncode == 1
-    assert "is served by another process; name another with -r" in err.decode()
+    assert f"is served by process {first.process.pid}; name another with -r" in err.decode()
     assert (await first.end())[0] == 0
 
 
@@ -168,7 +134,8 @@ async def test_rpc_without_a_server_says_how_to_start_one(client: Any, qpair_com
     code, _, err = await client(*qpair_command, "rpc", "-r", socket_path, "bdev_get_bdevs")
     assert code == 3
     assert err == (
-        f"qpair rpc: no server answers on {socket_path} (No such file or directory); start one with: qpair serve -r {socket_path}\n"
+        f"qpair rpc: no server answers on {socket_path}: there is no such socket\n"
+        f"  start one: qpair serve -r {socket_path}\n  or name the socket of one that runs: -r PATH\n"
     )
 
 
@@ -221,7 +188,10 @@ async def test_perf_shows_progress_on_a_terminal(qpair_command: list[str]) -> No
     ("arguments", "reason"),
     [
         (("malloc:lots",), "size 'lots' is not a size: write 4096, '64MiB' or '10GB'"),
-        (("tape:0",), "'tape' is no kind of target; write malloc:512MiB, null:1TiB, file:PATH, python:module:Class or vhost:SOCKET"),
+        (
+            ("tape:0",),
+            "'tape' is no kind of target; write malloc:512MiB, null:1TiB, file:PATH, python:module:Class, vhost:SOCKET or bdev:NAME",
+        ),
         (("disk0",), "target 'disk0': write malloc:512MiB"),
         (("null:1GiB", "--pattern", "sideways"), "pattern 'sideways' is none of"),
         (("python:nothing_here:Class",), "it must name a class that is made without arguments"),

@@ -4,11 +4,12 @@ Offsets and lengths are bytes, multiples of the block size. A read gives ``bytes
 arrays), copied before the call returns. Single I/Os cross into the engine one by one: for load, use `qpair.bdev.perf`.
 
 Errors: `InvalidArgument` names an offset or length that is no multiple of the block size or past the end; `ReadOnly`; `IoFailed`; `NoSuchBdev`; `StackStopped`.
-Limits: one I/O up to 1 MiB on the wire; longer reads and writes are cut into such pieces, so they are not atomic.
+Limits: one I/O up to 1 MiB on the wire; longer reads and writes are cut into such pieces, eight of them in flight, so they are not atomic.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qpair.errors import InvalidArgument, StackStopped, from_engine
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["BdevHandle", "OpenBdev"]
 
 PIECE_BYTES = 1 << 20
+PIECES_AT_ONCE = 8
 Op = Literal["read", "write", "flush", "unmap", "write_zeroes", "reset"]
 
 
@@ -95,16 +97,19 @@ class OpenBdev:
     async def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``."""
         first, blocks = self._blocks(offset, length)
-        pieces = [await self._io("read", at, count) for at, count in self._pieces(first, blocks)]
+        pieces = await self._all([("read", at, count, None) for at, count in self._pieces(first, blocks)])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def write(self, offset: int, data: Buffer) -> None:
         """All of ``data`` at ``offset``."""
         view = memoryview(data).cast("B")
         first, blocks = self._blocks(offset, view.nbytes)
-        for at, count in self._pieces(first, blocks):
+
+        def data_of(at: int, count: int) -> memoryview:
             start = (at - first) * self.block_size
-            await self._io("write", at, count, view[start : start + count * self.block_size])
+            return view[start : start + count * self.block_size]
+
+        await self._all([("write", at, count, data_of(at, count)) for at, count in self._pieces(first, blocks)])
 
     async def flush(self) -> None:
         """Return when every write completed before this call is durable."""
@@ -139,6 +144,17 @@ class OpenBdev:
     def _pieces(self, first: int, blocks: int) -> list[tuple[int, int]]:
         step = max(1, PIECE_BYTES // self.block_size)
         return [(at, min(step, first + blocks - at)) for at in range(first, first + blocks, step)]
+
+    async def _all(self, pieces: list[tuple[Op, int, int, Any]]) -> list[bytes]:
+        """Some at a time. When one fails the rest of its batch is waited for: nothing of a failed call happens later."""
+        done: list[bytes] = []
+        for begin in range(0, len(pieces), PIECES_AT_ONCE):
+            batch = await asyncio.gather(*(self._io(*piece) for piece in pieces[begin : begin + PIECES_AT_ONCE]), return_exceptions=True)
+            for answer in batch:
+                if isinstance(answer, BaseException):
+                    raise answer
+                done.append(answer)
+        return done
 
     async def _io(self, op: Op, offset_blocks: int = 0, num_blocks: int = 0, data: Any = None) -> bytes:
         if self._descriptor is None:

@@ -308,7 +308,9 @@ def run(arguments: list[str]) -> int:
         if not told():
             return code  # help was asked for by giving nothing, and is printed
         known = [name for info in app.registered_commands if (name := info.name)]
-        hints = [f"all of them: qpair {command} --help".replace("  ", " ")] if command in known else _command_hints(command, known)
+        hints = [f"its options: qpair {command} --help"] if command in known else _command_hints(command, known)
+        if "id you mean" in told():
+            hints = []
         return fail(command if command in known else "", Explained(told(), -22, code, hints), as_json=as_json)
     return result if isinstance(result, int) else 0
 

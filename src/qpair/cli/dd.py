@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qpair.app.sizes import format_size, parse_size
 from qpair.cli.copy import Copy, make_plan
 from qpair.cli.endpoints import BdevEnd, End, open_file
-from qpair.cli.report import INTERRUPTED, bdev_hints, explain, fail
+from qpair.cli.report import INTERRUPTED, USAGE, Explained, bdev_hints, explain, fail
 from qpair.cli.targets import KINDS, attach, is_socket
 from qpair.errors import InvalidArgument, NoSuchBdev, NoSuchDevice, QpairError
 
@@ -67,6 +67,10 @@ def dd(options: DdOptions, *, engine_factory: EngineFactory | None = None) -> in
     """Copy and tell; the exit code."""
     # standard output carries the data where it is the output
     out = sys.stderr if options.output_file == "-" else sys.stdout
+    try:
+        _check(options)
+    except InvalidArgument as error:
+        return fail("dd", Explained(str(error), error.code, USAGE, ["its options: qpair dd --help"]), as_json=options.as_json, out=out)
     run = _Run(options, engine_factory)
     try:
         asyncio.run(run.main())
@@ -116,7 +120,7 @@ class _Run:
 
     async def main(self) -> None:
         options = self.options
-        unit = _check(options)
+        unit = parse_size(options.unit, what="--bs")
         async with contextlib.AsyncExitStack() as held:
             stack = await held.enter_async_context(self._stack()) if _needs_stack(options) else None
             source = await self._end(held, stack, options.input_file, options.input_bdev, write=False, unit=unit)
@@ -253,8 +257,8 @@ class _Bar(_Shown):
             await asyncio.sleep(0.1)
 
 
-def _check(options: DdOptions) -> int:
-    """Whether the options fit together; the unit in bytes."""
+def _check(options: DdOptions) -> None:
+    """Whether the options fit together."""
     for what, file, bdev, flags in (
         ("input", options.input_file, options.input_bdev, "--if FILE or --ib BDEV"),
         ("output", options.output_file, options.output_bdev, "--of FILE or --ob BDEV"),
@@ -274,7 +278,6 @@ def _check(options: DdOptions) -> int:
     one, other = ((file, bdev.removeprefix("bdev:") if bdev else None) for file, bdev in _both(options))
     if one == other and one[0] != "-" and not (one[1] or "").startswith(("malloc:", "null:", "python:")):
         raise InvalidArgument(f"input and output are the same: {one[0] or one[1]}")
-    return unit
 
 
 def _both(options: DdOptions) -> tuple[tuple[str | None, str | None], tuple[str | None, str | None]]:

@@ -173,7 +173,8 @@ def _made(lines: list[Line], hidden: set[str], *, rates_shown: bool) -> Table:
         table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for line in lines:
         cells = _export_cells(line.item) if isinstance(line.item, Export) else _bdev_cells(line.item, again=line.again)
-        name = Text(line.stem, "dim")
+        name = Text()
+        name.append(line.stem, "dim")
         name.append(*cells.pop("NAME"))
         row = [name, *(Text(*cells.get(title, ("", ""))) for title, _ in columns[1:])]
         table.add_row(*row)

@@ -24,6 +24,8 @@ from qpair.cli.targets import attach
 from qpair.errors import QpairError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from qpair.app.stack import EngineFactory
     from qpair.bdev.perf import PerfResult, PerfRun, PerfSnapshot
 
@@ -220,26 +222,41 @@ def _progress(options: PerfOptions) -> Iterator[_Shown]:
 
 
 def _table(options: PerfOptions, result: PerfResult) -> None:
+    """One line of figures, or, on a terminal narrower than that, two."""
     from rich.console import Console
+
+    rates = {
+        "IOPS": _count(result.iops),
+        "MB/s": f"{result.mb_per_s:,.1f}",
+        "I/Os": f"{result.ios:,}",
+        "errors": str(result.errors + result.verify_errors),
+    }
+    times = {
+        "mean": _time(result.mean_ns),
+        "p50": _time(result.p50_ns),
+        "p99": _time(result.p99_ns),
+        "p99.9": _time(result.p99_9_ns),
+        "p99.99": _time(result.p99_99_ns),
+        "max": _time(result.max_ns),
+    }
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=140, highlight=False)
+    console.print(options.title, style="bold", soft_wrap=True)
+    whole = _columns(rates | times)
+    if Console(width=1000).measure(whole).maximum <= console.width:
+        console.print(whole)
+    else:
+        console.print(_columns(rates), _columns(times), sep="\n")
+
+
+def _columns(cells: dict[str, str]) -> Table:
     from rich.table import Table
 
-    table = Table(title=options.title)
-    cells = (
-        ("IOPS", _count(result.iops)),
-        ("MB/s", f"{result.mb_per_s:,.1f}"),
-        ("mean", _time(result.mean_ns)),
-        ("p50", _time(result.p50_ns)),
-        ("p99", _time(result.p99_ns)),
-        ("p99.9", _time(result.p99_9_ns)),
-        ("p99.99", _time(result.p99_99_ns)),
-        ("max", _time(result.max_ns)),
-        ("I/Os", f"{result.ios:,}"),
-        ("errors", str(result.errors + result.verify_errors)),
-    )
-    for title, _ in cells:
-        table.add_column(title, justify="right")
-    table.add_row(*(text for _, text in cells))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    bad = cells.get("errors", "0") != "0"
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for title in cells:
+        table.add_column(title, justify="right", no_wrap=True, style="bold red" if title == "errors" and bad else "")
+    table.add_row(*cells.values())
+    return table
 
 
 def _count(value: float) -> str:

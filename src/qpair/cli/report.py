@@ -72,7 +72,7 @@ def explain(error: QpairError, *, address: str | None = None, method: str | None
     if not isinstance(error, RpcError) or address is None:
         return explained
     if method is not None:
-        explained.message += f" (code {error.code})"
+        explained.message = explained.message.replace(f": {method}: ", ": ") + f" (code {error.code})"
     if error.code == METHOD_NOT_FOUND and method is not None:
         explained.hints = _method_hints(address, method)
     elif error.code == INVALID_PARAMS and method is not None:
@@ -88,7 +88,8 @@ def near(name: str, names: Iterable[str]) -> list[str]:
 
     plain = {known.lower(): known for known in names}
     wanted = name.lower()
-    found = difflib.get_close_matches(wanted, plain, n=3, cutoff=0.6)
+    # of a short name half is enough to be near; long ones have much in common without being meant
+    found = difflib.get_close_matches(wanted, plain, n=3, cutoff=0.5 if len(wanted) < 8 else 0.8)
     found += [known for known in sorted(plain) if wanted and wanted in known and known not in found][: 3 - len(found)]
     return [plain[known] for known in found]
 

@@ -2,90 +2,114 @@
 
 Parameters are ``--num-blocks 1024`` (or ``--num_blocks=1024``); a value is read as the method declares it, so a name that looks like a number stays a name; a method
 that is not declared here gets JSON where the value is JSON, else text. ``--flag`` alone is true, ``--no-flag`` false. ``--json OBJECT`` gives all
-parameters at once. The result is printed as JSON, a text as it is.
+parameters at once. The result is printed as JSON, a text as it is; with ``--json`` before the method, JSON in any case.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
+from qpair.cli.report import INTERRUPTED, Explained, explain, fail, near
+from qpair.cli.report import USAGE as USAGE_CODE
 from qpair.errors import InvalidArgument, QpairError
 from qpair.rpc.address import DEFAULT_ADDRESS
-from qpair.rpc.client import RpcClient, RpcError, Unreachable
+from qpair.rpc.client import RpcClient, RpcError
 
 __all__ = ["parse_params", "rpc"]
 
-USAGE = f"""usage: qpair rpc [-r PATH|HOST:PORT] [-t SECONDS] METHOD [--param value ...] [--json OBJECT]
-       qpair rpc METHOD --help        the method's parameters
+USAGE = f"""usage: qpair rpc [-r ADDRESS] [-t SECONDS] [--json] METHOD [--param value ...]
+       qpair rpc METHOD --help           the method's parameters
 
-  -r, --rpc-socket  where the server answers (default {DEFAULT_ADDRESS})
-  -t, --timeout     seconds to wait for the answer (default 60)
+  -r, --rpc-socket ADDRESS  where the server answers: PATH or HOST:PORT
+                            (default {DEFAULT_ADDRESS})
+  -t, --timeout SECONDS     wait so long for the answer (default 60)
+  --json                    before METHOD: print JSON only, errors too
+  --json OBJECT             after METHOD: all parameters at once
 
-Examples: qpair rpc bdev_malloc_create --num-blocks 131072 --block-size 512 --name disk0
-          qpair rpc bdev_get_bdevs
-          qpair rpc rpc_get_methods
+Examples:
+  qpair rpc bdev_malloc_create --num-blocks 131072 --block-size 512 --name disk0
+  qpair rpc bdev_get_bdevs --name disk0
+  qpair rpc bdev_get_iostat --json '{{"names": ["disk0"]}}'
+  qpair rpc rpc_get_methods
 """
+
+
+@dataclass(slots=True)
+class _Head:
+    """What stands before the method's parameters."""
+
+    address: str = DEFAULT_ADDRESS
+    timeout_s: float = 60.0
+    as_json: bool = False
+    method: str | None = None
+    rest: list[str] = field(default_factory=list)
 
 
 def rpc(arguments: list[str]) -> int:
     """Call one method; 0 success, 1 the server refused, 2 wrong usage, 3 nobody answers."""
+    head = _Head()
     try:
-        address, timeout_s, method, rest = _head(list(arguments))
-        if method is None:
+        _read_head(head, list(arguments))
+        if head.method is None:
             print(USAGE, end="")
             return 0
-        if rest in (["--help"], ["-h"]):
-            return _help(method)
-        params = parse_params(method, rest)
+        if head.rest in (["--help"], ["-h"]):
+            return _help(head.method, as_json=head.as_json)
+        params = parse_params(head.method, head.rest)
     except InvalidArgument as error:
-        print(f"qpair rpc: {error}\n{USAGE}", file=sys.stderr, end="")
-        return 2
+        if not head.as_json:
+            print(USAGE, file=sys.stderr)
+        return fail("rpc", Explained(str(error), error.code, USAGE_CODE), as_json=head.as_json)
     try:
-        with RpcClient(address, timeout_s=timeout_s) as client:
-            result = client.call(method, **params)
-    except Unreachable as error:
-        print(f"qpair rpc: {error}", file=sys.stderr)
-        return 3
-    except RpcError as error:
-        print(f"qpair rpc: {method}: {error} (code {error.code})", file=sys.stderr)
-        if error.code == -32601:
-            print("qpair rpc: 'qpair rpc rpc_get_methods' lists what there is", file=sys.stderr)
-        elif error.code == -32602:
-            print(f"qpair rpc: 'qpair rpc {method} --help' lists its parameters", file=sys.stderr)
-        return 1
+        with RpcClient(head.address, timeout_s=head.timeout_s) as client:
+            result = client.call(head.method, **params)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except QpairError as error:
-        print(f"qpair rpc: {error}", file=sys.stderr)
-        return 2
-    print(result if isinstance(result, str) else json.dumps(result, indent=2))
+        return fail("rpc", explain(error, address=head.address, method=_refused(error, head.method), params=params), as_json=head.as_json)
+    print(result if isinstance(result, str) and not head.as_json else json.dumps(result, indent=2))
     return 0
 
 
-def _head(arguments: list[str]) -> tuple[str, float, str | None, list[str]]:
-    address, timeout_s = DEFAULT_ADDRESS, 60.0
+def _refused(error: QpairError, method: str) -> str | None:
+    """The method, where it was called at all."""
+    return method if isinstance(error, RpcError) else None
+
+
+def _read_head(head: _Head, arguments: list[str]) -> None:
     while arguments:
         first = arguments.pop(0)
         if first in ("-h", "--help"):
-            return address, timeout_s, None, []
-        if first in ("-r", "-s", "--rpc-socket", "-t", "--timeout"):
+            return
+        if first == "--json":
+            head.as_json = True
+        elif first in ("-r", "-s", "--rpc-socket", "-t", "--timeout"):
             if not arguments:
                 raise InvalidArgument(f"{first} needs a value")
             value = arguments.pop(0)
-            if first not in ("-t", "--timeout"):
-                address = value
-                continue
-            try:
-                timeout_s = float(value)
-            except ValueError:
-                raise InvalidArgument(f"{first} {value!r} is no number of seconds") from None
-            if not 0 < timeout_s <= 86400:
-                raise InvalidArgument(f"{first} {value} is not above 0 and up to 86400 s")
+            if first in ("-t", "--timeout"):
+                head.timeout_s = _seconds(first, value)
+            else:
+                head.address = value
         elif first.startswith("-"):
             raise InvalidArgument(f"{first} stands before the method; parameters come after it")
         else:
-            return address, timeout_s, first, arguments
+            head.method, head.rest = first, arguments
+            return
     raise InvalidArgument("which method?")
+
+
+def _seconds(flag: str, value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        raise InvalidArgument(f"{flag} {value!r} is no number of seconds") from None
+    if not 0 < seconds <= 86400:
+        raise InvalidArgument(f"{flag} {value} is not above 0 and up to 86400 s")
+    return seconds
 
 
 def parse_params(method: str, arguments: list[str]) -> dict[str, Any]:
@@ -146,17 +170,23 @@ def _declared_texts(method: str) -> dict[str, bool]:
     )
 
 
-def _help(method: str) -> int:
+def _help(method: str, *, as_json: bool) -> int:
     from qpair.app.rooms import load_rpc
     from qpair.rpc.registry import REGISTRY, schema_type
 
     load_rpc()
     found = REGISTRY.get(method)
     if found is None:
-        print(f"qpair rpc: {method} is not declared here; the server may know it: qpair rpc rpc_get_methods", file=sys.stderr)
-        return 1
+        guesses = near(method, REGISTRY.names(aliases=True))
+        hints = [f"did you mean {' or '.join(guesses)}?"] if guesses else []
+        hints.append("a server may know it all the same: qpair rpc rpc_get_methods")
+        return fail("rpc", Explained(f"{method} is not declared here", -32601, hints=hints), as_json=as_json)
+    fields = [(field.encode_name, schema_type(field.type), field.required) for field in found.fields()]
+    if as_json:
+        params = [{"name": name, "type": kind, "required": required} for name, kind, required in fields]
+        print(json.dumps({"method": found.name, "summary": found.summary, "params": params}, indent=2))
+        return 0
     print(f"{found.name}: {found.summary}")
-    for field in found.fields():
-        needed = "required" if field.required else "optional"
-        print(f"  --{field.encode_name.replace('_', '-'):<30} {schema_type(field.type):<8} {needed}")
+    for name, kind, required in fields:
+        print(f"  --{name.replace('_', '-'):<30} {kind:<8} {'required' if required else 'optional'}")
     return 0
