@@ -107,6 +107,12 @@ def entry(text: str) -> bytes:
                 "Expected `int`, got `str`"
             ),
         ),
+        (
+            entry('{"method": "bdev_get_bdevs", "params": {"timeout": "\\ud800"}}'),
+            (
+                "cfg: subsystem 'bdev', entry 1, method 'bdev_get_bdevs': bdev_get_bdevs: a text holds '\\ud800', which is half of a character"
+            ),
+        ),
         (entry('{"method": "a", "method": "b"}'), "cfg: 'method' is given twice in one object"),
         (b'{"a":' * 5000, "cfg: not JSON: "),
     ],

@@ -72,6 +72,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.convert(given, self.params)
         except msgspec.ValidationError as error:
             raise InvalidParameters(f"{self.name}: {_where(str(error))}") from None
+        except UnicodeEncodeError as error:
+            raise InvalidParameters(f"{self.name}: a text holds {error.object[error.start]!r}, which is half of a character") from None
 
 
 def _names(names: Any) -> str:
@@ -88,14 +90,15 @@ def _where(message: str) -> str:
 def schema_type(annotation: Any) -> str:
     """What SPDK's public schema calls a parameter type: "uint32", "string", "boolean", "enum", "uuid", "array", "object"."""
     if get_origin(annotation) is Annotated:
-        return str(next(meta.extra["schema"] for meta in annotation.__metadata__ if meta.extra))
+        named = [meta.extra["schema"] for meta in annotation.__metadata__ if isinstance(meta, msgspec.Meta) and meta.extra]
+        return str(named[0]) if named else schema_type(get_args(annotation)[0])
     arguments = get_args(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return schema_type(next(argument for argument in arguments if argument is not type(None)))
     if get_origin(annotation) is Literal:
         return "enum"
-    named = {str: "string", bool: "boolean", list: "array", dict: "object"}
-    return named.get(get_origin(annotation) or annotation, "object")
+    plain = {str: "string", bool: "boolean", list: "array", dict: "object", int: "int64", float: "double"}
+    return plain.get(get_origin(annotation) or annotation, "object")
 
 
 class Registry:
