@@ -61,6 +61,14 @@ bitflags! {
         const FUA = 1 << 0;
         /// Write zeroes must keep the range allocated (virtio: no UNMAP flag).
         const NO_UNMAP = 1 << 1;
+        /// Zcopy: the memory that is lent holds the range's data when it is had.
+        const POPULATE = 1 << 2;
+        /// Zcopy: what is in the memory that was lent becomes the range's data.
+        const COMMIT = 1 << 3;
+        /// A range lock waits for its end.
+        const AWAITED = 1 << 12;
+        /// Done by the layer by other operations.
+        const EMULATED = 1 << 13;
         /// Made by the layer itself out of a larger one.
         const CHILD = 1 << 14;
         /// Being done in parts.
@@ -195,6 +203,13 @@ impl Io {
     #[inline]
     pub(crate) fn passed(&self) -> &[Frame] {
         &self.frames[..usize::from(self.depth)]
+    }
+
+    /// Its first block as a channel that it passed has it; None: it never came there.
+    pub(crate) fn lba_at(&self, channel: ChannelId) -> Option<u64> {
+        let frames = self.passed();
+        let at = frames.iter().position(|frame| frame.channel == channel)?;
+        Some(frames.get(at + 1).map_or(self.lba, |next| next.lba))
     }
 
     #[inline]

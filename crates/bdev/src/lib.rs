@@ -23,15 +23,23 @@ mod buffer;
 mod device;
 mod error;
 pub mod file;
+pub mod histogram;
 mod io;
 pub mod layer;
 pub mod lifecycle;
+pub mod limit;
 pub mod malloc;
+pub mod measures;
 pub mod null;
 pub mod passthru;
 pub mod python;
+pub mod ranges;
 mod registry;
-mod stats;
+pub mod stats;
+mod sync {
+    //! The model checks compile what uses these with loom's in this place.
+    pub(crate) use std::sync::atomic;
+}
 mod zoned;
 
 pub use buffer::Buffer;

@@ -1,11 +1,11 @@
-//! A disk in memory.
+//! A disk in memory. Zcopy lends its own pages.
 //!
 //! Each reactor copies by itself: the bytes are shared, and overlapping I/O is the initiator's business, as with any
 //! disk. `submit` gets a batch so that the blocks of the next I/Os are on their way into the cache while one is copied.
 
 use std::sync::Arc;
 
-use qpair_memory::{Mapping, MemoryError, Pages, Region, copy_list};
+use qpair_memory::{Mapping, MemoryError, Pages, Region, Sge, copy_list};
 use qpair_reactor::Reactor;
 use qpair_wire::nvme::Status;
 use uuid::Uuid;
@@ -39,7 +39,8 @@ impl Malloc {
         info.uuid = uuid.unwrap_or(info.uuid);
         info.physical_block_size = block_size.max(physical_block_size);
         info.optimal_io_boundary = optimal_io_boundary;
-        info.supported = OpSet::of(&[Op::Read, Op::Write, Op::WriteZeroes, Op::Unmap, Op::Reset]);
+        info.supported =
+            OpSet::of(&[Op::Read, Op::Write, Op::WriteZeroes, Op::Unmap, Op::Copy, Op::ZcopyStart, Op::ZcopyEnd, Op::Reset]);
         info.check()?;
         let bytes = usize::try_from(info.bytes()).map_err(|_| BdevError::invalid("num_blocks", num_blocks, "what memory can hold"))?;
         let memory = Mapping::anonymous(bytes, Pages::Transparent)?;
@@ -70,18 +71,30 @@ impl MallocChannel {
         match io.op {
             Op::Read => copy_list(&io.list, &self.memory, offset, length, true).map(drop),
             Op::Write => copy_list(&io.list, &self.memory, offset, length, false).map(drop),
+            Op::Copy => self.memory.copy_from(offset, &self.memory, io.source_lba << self.shift, length),
+            Op::ZcopyStart | Op::ZcopyEnd => Ok(()),
             _ => self.memory.release(offset, length),
         }
     }
-}
 
-impl MallocChannel {
+    /// What is lent is the disk itself: giving it back changes nothing, and committing has happened.
+    fn lend(&self, io: &mut Io) {
+        io.list.clear();
+        if io.op == Op::ZcopyStart {
+            let (offset, length) = (io.lba << self.shift, (io.blocks << self.shift) as u32);
+            io.list.push(Sge { region: self.memory.clone(), offset, length });
+        }
+    }
+
     /// Copies a few I/Os and completes them while they are still in the cache.
     fn run(&self, layer: &mut Layer, batch: &[IoId], ahead: &[IoId]) {
         let mut start = 0;
         for (position, id) in batch.iter().enumerate() {
             if let Some(next) = batch[position..].get(AHEAD).or_else(|| ahead.get((position + AHEAD).saturating_sub(batch.len()))) {
                 self.memory.prefetch(layer.io(*next).lba << self.shift, LINES);
+            }
+            if matches!(layer.io(*id).op, Op::ZcopyStart | Op::ZcopyEnd) {
+                self.lend(layer.io_mut(*id));
             }
             if self.perform(layer.io(*id)).is_err() {
                 // A list that leaves its region: the front end's fault, and only this I/O's.

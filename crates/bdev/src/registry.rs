@@ -1,10 +1,15 @@
 //! The process's bdevs by name: register, look up, open, claim. Control plane: one lock, never taken per I/O.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use qpair_reactor::{Handle, Reactor};
 
+use crate::layer::watch::{Late, OnLate};
+use crate::measures::Board;
+use crate::ranges::Ranges;
+use crate::stats::Reset;
 use crate::{BdevError, Buffer, ChannelId, Device, Info, Layer, Stats};
 
 /// Names a device for the life of the registry; never reused.
@@ -22,6 +27,15 @@ pub enum Notice {
     Removed(String),
     /// Its size changed; the new snapshot is in force on every reactor.
     Resized(String),
+    /// A limit began to hold I/O back.
+    Throttled {
+        /// The bdev's name.
+        name: String,
+        /// SPDK's name of the limit.
+        limit: &'static str,
+        /// Its figure: I/Os or bytes a second.
+        value: u64,
+    },
 }
 
 type Listener = Arc<dyn Fn(&Notice) + Send + Sync>;
@@ -37,6 +51,7 @@ struct Entry {
     gone_stats: Stats,
     busy: bool,
     jobs: VecDeque<Job>,
+    ranges: Ranges,
 }
 
 #[derive(Default)]
@@ -49,6 +64,7 @@ struct Inner {
 /// See the module's doc.
 pub struct Registry {
     inner: Mutex<Inner>,
+    board: Board,
     reactors: Vec<Handle>,
 }
 
@@ -68,7 +84,12 @@ pub struct Listing {
 impl Registry {
     /// For these reactors; the first is home to what needs one.
     pub fn new(reactors: Vec<Handle>) -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::default(), reactors })
+        Arc::new(Self { inner: Mutex::default(), board: Board::default(), reactors })
+    }
+
+    /// What devices are to do beside serving I/O.
+    pub(crate) fn board(&self) -> &Board {
+        &self.board
     }
 
     /// The reactors that bdevs are used on.
@@ -108,6 +129,7 @@ impl Registry {
             gone_stats: Stats::default(),
             busy: false,
             jobs: VecDeque::new(),
+            ranges: Ranges::default(),
         };
         inner.entries.insert(name.clone(), entry);
         drop(inner);
@@ -167,7 +189,15 @@ impl Registry {
             entry.claimed_by = claim.map(str::to_owned);
         }
         entry.descriptors.insert(number, listener);
-        Ok(Descriptor { registry: self.clone(), device: entry.id, number, name, write, claims: claim.is_some() })
+        Ok(Descriptor {
+            registry: self.clone(),
+            device: entry.id,
+            number,
+            name,
+            write,
+            claims: claim.is_some(),
+            watched: AtomicBool::new(false),
+        })
     }
 
     /// Claims a bdev for a module: nobody else opens it for writing until it is released.
@@ -244,6 +274,7 @@ impl Registry {
         let listeners: Vec<Listener> = entry.iter().flat_map(|entry| entry.descriptors.values().cloned()).collect();
         // Dropped without the lock: a device may take its time, or call back, and so may jobs that waited.
         drop(entry);
+        self.board.forget(id);
         let notice = Notice::Removed(name);
         listeners.iter().for_each(|listener| listener(&notice));
         self.tell(None, &notice);
@@ -284,6 +315,16 @@ impl Registry {
         true
     }
 
+    /// A device's range locks, unless it is gone.
+    pub(crate) fn with_ranges<R>(&self, id: DeviceId, ask: impl FnOnce(&mut Ranges) -> R) -> Option<R> {
+        let mut inner = self.lock();
+        match inner.by_id(id) {
+            Some(entry) => Some(ask(&mut entry.ranges)),
+            // What it captured is an argument's: dropped after the lock.
+            None => None,
+        }
+    }
+
     /// Keeps the counters of a channel that closed.
     pub(crate) fn book(&self, id: DeviceId, stats: &Stats) {
         if let Some(entry) = self.lock().by_id(id) {
@@ -292,10 +333,10 @@ impl Registry {
     }
 
     /// Counters of the channels that are gone; taken if `reset`.
-    pub(crate) fn gone_stats(&self, id: DeviceId, reset: bool) -> Stats {
+    pub(crate) fn gone_stats(&self, id: DeviceId, reset: Reset) -> Stats {
         let mut inner = self.lock();
         let Some(entry) = inner.by_id(id) else { return Stats::default() };
-        if reset { std::mem::take(&mut entry.gone_stats) } else { entry.gone_stats }
+        entry.gone_stats.tell(reset)
     }
 
     /// Tells the process's listener, and those who have device `id` open.
@@ -353,6 +394,7 @@ pub struct Descriptor {
     name: String,
     write: bool,
     claims: bool,
+    watched: AtomicBool,
 }
 
 impl Descriptor {
@@ -364,6 +406,28 @@ impl Descriptor {
     /// Which device.
     pub fn device(&self) -> DeviceId {
         self.device
+    }
+
+    /// Its number, by which completion queues name it.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Has `late` called for each I/O of this descriptor that takes longer than `timeout_ns`, on the I/O's reactor; 0: not any more. Which I/Os are its
+    /// own, and when and how often it is called: see [`crate::layer::watch`].
+    pub fn set_timeout(&self, timeout_ns: u64, late: impl Fn(&mut Layer, &mut Reactor, Late) + Send + Sync + 'static) {
+        self.watched.store(timeout_ns > 0, Ordering::Relaxed);
+        self.watch((timeout_ns > 0).then(|| (timeout_ns, Arc::new(late) as OnLate)));
+    }
+
+    fn watch(&self, wanted: Option<(u64, OnLate)>) {
+        for handle in self.registry.reactors() {
+            let (number, wanted) = (self.number, wanted.clone());
+            handle.call(move |reactor| {
+                let layer = Layer::of(reactor);
+                layer.borrow_mut().watch(reactor, number, wanted);
+            });
+        }
     }
 
     /// Whether it was opened for writing.
@@ -395,6 +459,9 @@ impl Descriptor {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
+        if self.watched.load(Ordering::Relaxed) {
+            self.watch(None);
+        }
         let listener = self.registry.lock().by_id(self.device).and_then(|entry| {
             if self.claims {
                 entry.claimed_by = None;

@@ -11,6 +11,8 @@ use std::sync::atomic::Ordering;
 
 use common::client::{Allowed, CELL_BLOCKS, Client};
 use common::{Plan, SimDevice, quiet_panics};
+use qpair_bdev::measures;
+use qpair_bdev::stats::Reset;
 use qpair_bdev::{BdevError, Info, Layer, Op, OpSet, Registry, lifecycle};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
 
@@ -72,7 +74,10 @@ fn control(
                 };
                 lifecycle::unregister(&registry, "disk", rng.below(300_000), Box::new(reply));
             }
-            _ => lifecycle::statistics(&registry, "disk", rng.chance(1, 2), Box::new(move |_| book.close(id))),
+            _ => {
+                let reset = *rng.pick(&[Reset::None, Reset::All, Reset::MaxMin, Reset::Errors]);
+                measures::statistics(&registry, "disk", reset, Box::new(move |_| book.close(id)));
+            }
         }
         Act::Until(now_ns + rng.below(300_000))
     }
@@ -135,7 +140,7 @@ fn scenario(name: &str, seeds: u64, plan: Plan, allowed: Allowed) {
 
 #[test]
 fn a_faithful_device_gives_what_was_written() {
-    scenario("faithful", 600, Plan { delay_ns: 100_000, ..Plan::default() }, Allowed::default());
+    scenario("faithful", 600, Plan { delay_ns: 100_000, ..Plan::default() }, Allowed { composed: true, ..Allowed::default() });
 }
 
 #[test]
@@ -152,24 +157,44 @@ fn failures_and_aborts_end_each_io_once() {
 
 #[test]
 fn resets_find_all_channels_quiet() {
-    let allowed = Allowed { aborts: true, resets: true, churn: true, ..Allowed::default() };
+    let allowed = Allowed { aborts: true, resets: true, churn: true, composed: true, ..Allowed::default() };
     scenario("resets", 600, Plan { delay_ns: 100_000, stall: 30, ..Plan::default() }, allowed);
 }
 
 #[test]
 fn a_shrunk_device_sees_nothing_beyond_its_end() {
-    let allowed = Allowed { aborts: true, resize: true, churn: true, ..Allowed::default() };
+    let allowed = Allowed { aborts: true, resize: true, churn: true, composed: true, ..Allowed::default() };
     scenario("resize", 600, Plan { delay_ns: 100_000, ..Plan::default() }, allowed);
 }
 
 #[test]
 fn all_of_it_at_once() {
-    let allowed = Allowed { errors: true, aborts: true, removal: true, resize: true, panics: false, resets: true, churn: true };
+    let allowed = Allowed {
+        errors: true,
+        aborts: true,
+        removal: true,
+        resize: true,
+        panics: false,
+        resets: true,
+        churn: true,
+        composed: true,
+        ..Allowed::default()
+    };
     scenario("all", 1500, Plan { delay_ns: 100_000, error: 20, stall: 30, panic: 0 }, allowed);
 }
 
 #[test]
 fn a_module_that_panics_takes_only_its_own_channel() {
-    let allowed = Allowed { errors: true, aborts: true, removal: true, resize: true, panics: true, resets: true, churn: true };
+    let allowed = Allowed {
+        errors: true,
+        aborts: true,
+        removal: true,
+        resize: true,
+        panics: true,
+        resets: true,
+        churn: true,
+        composed: true,
+        ..Allowed::default()
+    };
     scenario("panics", 1000, Plan { delay_ns: 100_000, error: 10, stall: 10, panic: 3 }, allowed);
 }

@@ -14,7 +14,9 @@ use std::sync::atomic::Ordering;
 use common::client::{Allowed, CELL_BLOCKS, Client};
 use common::relay::Relay;
 use common::{Plan, SimDevice, quiet_panics};
+use qpair_bdev::measures;
 use qpair_bdev::passthru::Passthru;
+use qpair_bdev::stats::Reset;
 use qpair_bdev::{BdevError, FRAMES_MAX, Info, Layer, Op, OpSet, Registry, lifecycle};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
 
@@ -91,7 +93,7 @@ fn control(tower: Arc<Tower>, allowed: Allowed, ledger: Obligations, mut left: u
             };
             lifecycle::resize(&tower.registry, "base", blocks, Box::new(reply));
         } else {
-            lifecycle::statistics(&tower.registry, "disk", false, Box::new(move |_| book.close(id)));
+            measures::statistics(&tower.registry, "disk", Reset::None, Box::new(move |_| book.close(id)));
         }
         Act::Until(now_ns + rng.below(300_000))
     }
@@ -158,24 +160,34 @@ fn scenario(name: &str, seeds: u64, plan: Plan, allowed: Allowed, panic: u64) {
 
 #[test]
 fn a_tower_gives_what_was_written() {
-    let allowed = Allowed { churn: true, aborts: true, resets: true, ..Allowed::default() };
+    let allowed = Allowed { churn: true, aborts: true, resets: true, composed: true, ..Allowed::default() };
     scenario("tower", 500, Plan { delay_ns: 100_000, stall: 20, ..Plan::default() }, allowed, 0);
 }
 
 #[test]
 fn a_base_takes_all_that_stands_on_it_along() {
-    let allowed = Allowed { errors: true, aborts: true, removal: true, churn: true, resets: true, ..Allowed::default() };
+    let allowed = Allowed { errors: true, aborts: true, removal: true, churn: true, resets: true, composed: true, ..Allowed::default() };
     scenario("tower_removal", 1000, Plan { delay_ns: 100_000, error: 20, stall: 30, panic: 0 }, allowed, 0);
 }
 
 #[test]
 fn a_base_that_is_resized_tells_those_above() {
-    let allowed = Allowed { aborts: true, resize: true, churn: true, ..Allowed::default() };
+    let allowed = Allowed { aborts: true, resize: true, churn: true, composed: true, ..Allowed::default() };
     scenario("tower_resize", 500, Plan { delay_ns: 100_000, stall: 30, ..Plan::default() }, allowed, 0);
 }
 
 #[test]
 fn a_floor_that_panics_leaves_nothing_behind() {
-    let allowed = Allowed { errors: true, aborts: true, removal: true, resize: true, panics: true, resets: true, churn: true };
+    let allowed = Allowed {
+        errors: true,
+        aborts: true,
+        removal: true,
+        resize: true,
+        panics: true,
+        resets: true,
+        churn: true,
+        composed: true,
+        ..Allowed::default()
+    };
     scenario("tower_panics", 1000, Plan { delay_ns: 100_000, error: 10, stall: 10, panic: 2 }, allowed, 3);
 }

@@ -7,7 +7,9 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMemoryView};
 use qpair_bdev::malloc::Malloc;
+use qpair_bdev::measures::{self, Report};
 use qpair_bdev::null::Null;
+use qpair_bdev::stats::Reset;
 use qpair_bdev::{BdevError, Device, FileBdev, Info, Op, Stats, lifecycle};
 use qpair_memory::{Mapping, Pages, Region};
 use uuid::Uuid;
@@ -19,13 +21,27 @@ use crate::io::{self, IO_BYTES_MAX, Request};
 use crate::values::{Failure, Number, Value};
 
 /// Operations by the names that Python gives them.
-pub const OPS: [(&str, Op); 6] = [
+pub const OPS: [(&str, Op); 9] = [
     ("read", Op::Read),
     ("write", Op::Write),
     ("flush", Op::Flush),
     ("unmap", Op::Unmap),
     ("write_zeroes", Op::WriteZeroes),
     ("reset", Op::Reset),
+    ("compare", Op::Compare),
+    ("compare_and_write", Op::CompareAndWrite),
+    ("copy", Op::Copy),
+];
+
+/// What else a bdev may know, by SPDK's names.
+const OTHERS: [(&str, Op); 7] = [
+    ("zcopy", Op::ZcopyStart),
+    ("zone_append", Op::ZoneAppend),
+    ("zone_management", Op::ZoneManagement),
+    ("get_zone_info", Op::ZoneManagement),
+    ("nvme_io", Op::NvmeIo),
+    ("nvme_admin", Op::NvmeAdmin),
+    ("write_uncorrectable", Op::WriteUncorrectable),
 ];
 
 pub fn parse_uuid(uuid: Option<&str>) -> Result<Option<Uuid>, Failure> {
@@ -187,8 +203,8 @@ impl Engine {
     }
 
     #[pyo3(
-        signature = (descriptor, op, offset_blocks=Number::of(0), num_blocks=Number::of(0), data=None),
-        text_signature = "($self, descriptor, op, offset_blocks=0, num_blocks=0, data=None)"
+        signature = (descriptor, op, offset_blocks=Number::of(0), num_blocks=Number::of(0), data=None, *, source_blocks=Number::of(0)),
+        text_signature = "($self, descriptor, op, offset_blocks=0, num_blocks=0, data=None, *, source_blocks=0)"
     )]
     fn bdev_io(
         &self,
@@ -197,13 +213,14 @@ impl Engine {
         offset_blocks: Number,
         num_blocks: Number,
         data: Option<&Bound<'_, PyAny>>,
+        source_blocks: Number,
     ) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
         let number = descriptor.u64("descriptor")?;
         let descriptor = lock(&core.descriptors).get(&number).cloned().ok_or_else(|| not_open(number))?;
         let op = parse_op(op)?;
         let info = descriptor.info().ok_or_else(|| Failure::from(BdevError::Removing(descriptor.name().to_owned())))?;
-        if op != Op::Read && op != Op::Flush && op != Op::Reset && !descriptor.can_write() {
+        if !matches!(op, Op::Read | Op::Compare | Op::Flush | Op::Reset) && !descriptor.can_write() {
             return Err(Failure::new(libc::EBADF, format!("descriptor {number} of bdev {} is open for reading only", info.name)).into());
         }
         let (lba, blocks) = (offset_blocks.u64("offset_blocks")?, num_blocks.u64("num_blocks")?);
@@ -211,13 +228,18 @@ impl Engine {
         if ranged {
             check_range(&info, lba, blocks)?;
         }
+        let source_lba = source_blocks.u64("source_blocks")?;
+        if op == Op::Copy {
+            check_range(&info, source_lba, blocks)?;
+        }
         let bounce = match op {
             Op::Read => Some(bounce(&info, blocks)?),
-            Op::Write => Some(filled_bounce(&info, blocks, data)?),
+            Op::Write | Op::Compare => Some(filled_bounce(&info, blocks, data)?),
+            Op::CompareAndWrite => Some(filled_bounce(&info, blocks.saturating_mul(2), data)?),
             _ => None,
         };
         let (answer, token) = (draft.number(), draft.commit());
-        let request = Request { number, descriptor, op, lba, blocks, bounce, token };
+        let request = Request { number, descriptor, op, lba, source_lba, blocks, bounce, token };
         core.home().call(move |reactor| io::start(reactor, request));
         Ok(answer)
     }
@@ -229,7 +251,7 @@ fn not_open(number: u64) -> Failure {
 
 fn parse_op(name: &str) -> Result<Op, Failure> {
     let found = OPS.iter().find(|(known, _)| *known == name);
-    found.map(|(_, op)| *op).ok_or_else(|| Failure::invalid("op", name, "read, write, flush, unmap, write_zeroes or reset"))
+    found.map(|(_, op)| *op).ok_or_else(|| Failure::invalid("op", name, "read, write, flush, unmap, write_zeroes, reset, compare, compare_and_write or copy"))
 }
 
 /// Refused here for its text; the layer checks again, against the snapshot of its reactor.
@@ -295,7 +317,7 @@ fn info_dict<'py>(py: Python<'py>, info: &Info) -> PyResult<Bound<'py, PyDict>> 
     dict.set_item("bases", &info.bases)?;
     dict.set_item("version", info.version)?;
     let supported = PyDict::new(py);
-    for (name, op) in OPS {
+    for (name, op) in OPS.into_iter().chain(OTHERS) {
         supported.set_item(name, does(info, op))?;
     }
     supported.set_item("abort", true)?;
@@ -325,17 +347,17 @@ fn gather_statistics(core: &Core, names: Vec<String>, strict: bool, reset: bool,
     let gathering = Arc::new(Mutex::new(Gathering { token: Some(token), missing: names.len() + 1, found: Vec::new() }));
     for name in names {
         let (gathering, told) = (gathering.clone(), name.clone());
-        let reply = move |outcome: Result<Stats, BdevError>| {
+        let reply = move |outcome: Result<Report, BdevError>| {
             let mut gathering = lock(&gathering);
             match outcome {
-                Ok(stats) => gathering.found.push((told, stats)),
+                Ok(report) => gathering.found.push((told, report.total)),
                 Err(error) if strict => gathering.fail(error),
                 // In a list of all, one that went meanwhile is simply not there.
                 Err(_) => {}
             }
             gathering.one_less();
         };
-        lifecycle::statistics(&core.registry, &name, reset, Box::new(reply));
+        measures::statistics(&core.registry, &name, if reset { Reset::All } else { Reset::None }, Box::new(reply));
     }
     lock(&gathering).one_less();
 }
@@ -362,26 +384,15 @@ impl Gathering {
 pub fn statistics_dict<'py>(py: Python<'py>, name: &str, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("name", name)?;
-    let numbers = [
-        ("read_ios", stats.read_ios),
-        ("read_bytes", stats.read_bytes),
-        ("write_ios", stats.write_ios),
-        ("write_bytes", stats.write_bytes),
-        ("unmap_ios", stats.unmap_ios),
-        ("unmap_bytes", stats.unmap_bytes),
-        ("flush_ios", stats.flush_ios),
-        ("write_zeroes_ios", stats.write_zeroes_ios),
-        ("errors", stats.errors),
-        ("read_ns", stats.read_ns),
-        ("write_ns", stats.write_ns),
-        ("unmap_ns", stats.unmap_ns),
-        ("max_read_ns", stats.max_read_ns),
-        ("min_read_ns", stats.min_read_ns.unwrap_or(0)),
-        ("max_write_ns", stats.max_write_ns),
-        ("min_write_ns", stats.min_write_ns.unwrap_or(0)),
-    ];
-    for (key, number) in numbers {
-        dict.set_item(key, number)?;
+    for (kind, latency) in [("read", &stats.read), ("write", &stats.write), ("unmap", &stats.unmap), ("copy", &stats.copy)] {
+        dict.set_item(format!("{kind}_ios"), latency.ios)?;
+        dict.set_item(format!("{kind}_bytes"), latency.bytes)?;
+        dict.set_item(format!("{kind}_ns"), latency.total_ns)?;
+        dict.set_item(format!("max_{kind}_ns"), latency.max_ns)?;
+        dict.set_item(format!("min_{kind}_ns"), latency.min_ns.unwrap_or(0))?;
     }
+    dict.set_item("flush_ios", stats.flush_ios)?;
+    dict.set_item("write_zeroes_ios", stats.write_zeroes_ios)?;
+    dict.set_item("errors", stats.errors.total())?;
     Ok(dict)
 }

@@ -30,8 +30,10 @@ pub struct Request {
     pub descriptor: Arc<Descriptor>,
     pub op: Op,
     pub lba: u64,
+    /// Of a copy.
+    pub source_lba: u64,
     pub blocks: u64,
-    /// For reads and writes.
+    /// For what has data.
     pub bounce: Option<(Arc<Mapping>, u32)>,
     pub token: Token,
 }
@@ -144,7 +146,7 @@ impl FrontEnd {
     fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, id: IoId, request: Request) {
         self.tags += 1;
         let io = layer.io_mut(id);
-        (io.op, io.lba, io.blocks) = (request.op, request.lba, request.blocks);
+        (io.op, io.lba, io.blocks, io.source_lba) = (request.op, request.lba, request.blocks, request.source_lba);
         if let Some((mapping, length)) = &request.bounce {
             io.list.push(Sge { region: Region::new(mapping.clone()), offset: 0, length: *length });
         }

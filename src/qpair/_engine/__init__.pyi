@@ -24,6 +24,9 @@ __all__ = [
     "PythonBdevRequest",
     "PythonBdevRing",
     "PythonBdevWork",
+    "PythonWorker",
+    "PythonWorkerDown",
+    "PythonWorkerLink",
     "Reply",
     "SessionEvent",
     "VirtioMemory",
@@ -71,7 +74,15 @@ class PythonBdevWork:
 
     ring: int
 
-Event: TypeAlias = Reply | BdevEvent | SessionEvent | LogEvent | PythonBdevWork
+@final
+class PythonWorkerDown:
+    """The engine severed a worker process (it lied, it was silent): end it, then `PythonWorkerLink.attach` the next."""
+
+    link: int
+    number: int
+    reason: str
+
+Event: TypeAlias = Reply | BdevEvent | SessionEvent | LogEvent | PythonBdevWork | PythonWorkerDown
 
 @final
 class Engine:
@@ -141,6 +152,22 @@ class Engine:
         uuid: str | None = None,
         readonly: bool = False,
     ) -> PythonBdevRing: ...
+    def bdev_python_worker_create(
+        self,
+        name: str,
+        *,
+        num_blocks: int,
+        block_size: int,
+        depth: int = 128,
+        max_io_bytes: int = 131072,
+        uuid: str | None = None,
+        readonly: bool = False,
+        timeout_ms: int = 30000,
+        while_down: Literal["wait", "fail"] = "wait",
+    ) -> PythonWorkerLink:
+        """A bdev that a worker process will serve. ``timeout_ms``: a worker that has a request for longer is severed; 0: never. ``while_down``: what I/O does
+        while there is no worker."""
+
     def bdev_virtio_create(
         self,
         name: str,
@@ -177,13 +204,16 @@ class Engine:
     def bdev_io(
         self,
         descriptor: int,
-        op: Literal["read", "write", "flush", "unmap", "write_zeroes", "reset"],
+        op: Literal["read", "write", "flush", "unmap", "write_zeroes", "reset", "compare", "compare_and_write", "copy"],
         offset_blocks: int = 0,
         num_blocks: int = 0,
         data: Any = None,
+        *,
+        source_blocks: int = 0,
     ) -> int:
-        """One I/O by way of a bounce buffer, up to 256 MiB; the layer splits what the device cannot take. ``data`` (write): anything with the buffer protocol, copied before this returns.
-        Reply value: bytes for read, else None."""
+        """One I/O by way of a bounce buffer, up to 256 MiB; the layer splits what the device cannot take. ``data`` (write, compare; for compare_and_write
+        what is expected and then, as long, what is to be written): anything with the buffer protocol, copied before this returns. ``source_blocks``: where a
+        copy reads. Reply value: bytes for read, else None; ``EILSEQ`` when a comparison fails."""
 
     # ---- vhost (crates/vhost) ------------------------------------------------------------------------
     def vhost_blk_create(
@@ -288,6 +318,33 @@ class PythonBdevRing:
     def finish(self, requests: Iterable[PythonBdevRequest], errno: int = 0) -> None:
         """Completes those that are not done, in one crossing."""
 
+    def close(self) -> None: ...
+
+@final
+class PythonWorkerLink:
+    """The engine's side of a bdev that a worker process serves. Nothing that the worker writes is trusted."""
+
+    id: int
+    stride: int
+    def attach(self) -> tuple[int, int, int, int, int]:
+        """Memory for the next worker: its number, then descriptors (control, memory, work, done) that are the caller's. The worker before must be gone."""
+
+    def sever(self, number: int, why: str) -> None:
+        """That worker is no more: what it had fails with EIO. Nothing, if it is not the one attached."""
+
+    def while_down(self, while_down: Literal["wait", "fail"]) -> None: ...
+    def close(self) -> None: ...
+
+@final
+class PythonWorker:
+    """A worker process's end. ``work_fd`` is readable when requests wait, or the ring was closed: call `rung` then. Descriptors are duplicated."""
+
+    buffers_kept: int
+    closed: bool
+    def __new__(cls, control_fd: int, memory_fd: int, work_fd: int, done_fd: int, *, depth: int, stride: int, block_size: int) -> Self: ...
+    def rung(self) -> int: ...
+    def fetch(self, max_requests: int = 64) -> list[tuple[str, tuple[PythonBdevRequest, ...]]]: ...
+    def finish(self, requests: Iterable[PythonBdevRequest], errno: int = 0) -> None: ...
     def close(self) -> None: ...
 
 @final

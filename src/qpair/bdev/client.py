@@ -10,9 +10,10 @@ Limits: one I/O up to 1 MiB on the wire; longer reads and writes are cut into su
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qpair.errors import InvalidArgument, StackStopped, from_engine
+from qpair.errors import InvalidArgument, QpairError, StackStopped, from_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -24,7 +25,7 @@ __all__ = ["BdevHandle", "OpenBdev"]
 
 PIECE_BYTES = 1 << 20
 PIECES_AT_ONCE = 8
-Op = Literal["read", "write", "flush", "unmap", "write_zeroes", "reset"]
+Op = Literal["read", "write", "flush", "unmap", "write_zeroes", "reset", "compare", "compare_and_write", "copy"]
 
 
 class BdevHandle:
@@ -123,6 +124,32 @@ class OpenBdev:
         """The range reads as zeros afterwards."""
         await self._io("write_zeroes", *self._blocks(offset, length))
 
+    async def compare(self, offset: int, data: Buffer) -> bool:
+        """Whether the bdev holds ``data`` at ``offset``."""
+        view = memoryview(data).cast("B")
+        return await self._matches("compare", *self._blocks(offset, view.nbytes), view)
+
+    async def compare_and_write(self, offset: int, expected: Buffer, data: Buffer) -> bool:
+        """If the bdev holds ``expected`` at ``offset``, write ``data`` (as long) there; nobody else writes in between. Whether it did."""
+        old, new = memoryview(expected).cast("B"), memoryview(data).cast("B")
+        if old.nbytes != new.nbytes:
+            raise InvalidArgument(f"bdev {self.name!r}: data has {new.nbytes} bytes, expected {old.nbytes}")
+        return await self._matches("compare_and_write", *self._blocks(offset, old.nbytes), b"".join((old, new)))
+
+    async def _matches(self, op: Op, offset_blocks: int, num_blocks: int, data: Any) -> bool:
+        try:
+            await self._io(op, offset_blocks, num_blocks, data)
+        except QpairError as error:
+            if getattr(error, "errno", None) == errno.EILSEQ:
+                return False
+            raise
+        return True
+
+    async def copy(self, source: int, offset: int, length: int) -> None:
+        """``length`` bytes from ``source`` to ``offset``, within the bdev; the ranges may overlap."""
+        first, blocks = self._blocks(offset, length)
+        await self._io("copy", first, blocks, source_blocks=self._blocks(source, length)[0])
+
     async def reset(self) -> None:
         """Abort what is in flight on the whole bdev."""
         await self._io("reset")
@@ -156,11 +183,11 @@ class OpenBdev:
                 done.append(answer)
         return done
 
-    async def _io(self, op: Op, offset_blocks: int = 0, num_blocks: int = 0, data: Any = None) -> bytes:
+    async def _io(self, op: Op, offset_blocks: int = 0, num_blocks: int = 0, data: Any = None, *, source_blocks: int = 0) -> bytes:
         if self._descriptor is None:
             raise StackStopped(f"bdev {self.name!r}: this descriptor is closed")
         try:
-            token = self._stack.engine.bdev_io(self._descriptor, op, offset_blocks, num_blocks, data)
+            token = self._stack.engine.bdev_io(self._descriptor, op, offset_blocks, num_blocks, data, source_blocks=source_blocks)
         except OSError as error:
             raise from_engine(error) from error
         value: bytes = await self._stack.bridge.call(token)

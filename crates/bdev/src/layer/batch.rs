@@ -14,7 +14,7 @@ impl Layer {
     #[inline]
     pub(super) fn all_plain(&mut self, channel: ChannelId, batch: &[IoId]) -> bool {
         let Some(slot) = self.slots.get_mut(channel.0 as usize).and_then(Option::as_mut) else { return false };
-        if slot.state != ChannelState::Open || !slot.waiting.is_empty() || slot.room() < batch.len() {
+        if slot.state != ChannelState::Open || !slot.waiting.is_empty() || !slot.gate.ranges.is_empty() || slot.room() < batch.len() {
             return false;
         }
         for (position, id) in batch.iter().enumerate() {
@@ -26,6 +26,12 @@ impl Layer {
             io.state = State::Submitted;
             let frame = io.frame_mut();
             (frame.channel, frame.submitted_ns) = (channel, self.now_ns);
+        }
+        if let Some(limits) = &mut slot.limits
+            && !limits.pay_all(&self.ios, batch, &slot.info, self.now_ns)
+        {
+            take_back(&mut self.ios, batch);
+            return false;
         }
         slot.inflight += batch.len() as u32;
         true
@@ -50,18 +56,21 @@ impl Layer {
             return 0;
         }
         let first = place.entries.is_empty();
-        let (shift, failed) = (slot.info.block_size.trailing_zeros(), status.is_error());
+        let shift = slot.info.block_size.trailing_zeros();
         let mut done = 0;
         for id in batch {
             let io = self.ios.get_mut(*id);
             let frame = io.frame();
-            if frame.queue != queue || frame.channel != channel || io.flags.intersects(IoFlags::SPLIT | IoFlags::CHILD) {
+            if frame.queue != queue || frame.channel != channel || io.flags.intersects(IoFlags::SPLIT | IoFlags::CHILD | IoFlags::AWAITED) {
                 break;
             }
             assert!(io.state == State::Submitted, "I/O completed in state {:?}", io.state);
             let elapsed_ns = self.now_ns.saturating_sub(frame.submitted_ns);
             (io.state, io.status) = (State::Done, status);
-            slot.stats.book(io.op, io.blocks << shift, elapsed_ns, failed);
+            slot.stats.book(io.op, io.blocks << shift, elapsed_ns, status);
+            if let Some(counting) = &mut slot.histogram {
+                counting.histogram.book(io.op, elapsed_ns);
+            }
             place.entries.push(*id);
             done += 1;
         }

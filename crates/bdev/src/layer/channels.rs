@@ -10,6 +10,8 @@ use qpair_reactor::log::{self, Level};
 use qpair_reactor::{Poller, Reactor};
 
 use super::{ChannelState, Layer, Owner, Slot};
+use crate::measures::Counting;
+use crate::stats::Reset;
 use crate::{BdevError, Channel, ChannelId, Device, DeviceId, Info, Registry, Stats};
 
 /// Children reserved for splitting, for each channel whose device has limits.
@@ -33,6 +35,7 @@ impl Layer {
         }
         let id = self.vacant_slot();
         let children = self.reserve_children(info)?;
+        let helpers = self.reserve_helpers(info)?;
         let poller = reactor.reserve_poller(format!("bdev_{}", info.name));
         let split_queue = self.new_queue(Owner::Split(id));
         self.slots[id.0 as usize] = Some(Slot {
@@ -51,10 +54,15 @@ impl Layer {
             waiting: VecDeque::new(),
             splitting: VecDeque::new(),
             children,
+            jobs: Vec::new(),
+            helpers,
+            gate: self.gate_of(device_id),
             bases: Vec::new(),
             reserve: Vec::new(),
             split_queue,
+            limits: None,
             stats: Stats::default(),
+            histogram: None,
             when_quiet: Vec::new(),
             poller,
             plugged: false,
@@ -71,6 +79,7 @@ impl Layer {
                     slot.channel = Some(channel);
                 }
                 self.by_device.insert(device_id, id);
+                self.adopt(id);
                 reactor.install_poller(poller, Box::new(ChannelPoller { layer: self.me.clone(), channel: id }));
                 Ok(id)
             }
@@ -139,8 +148,9 @@ impl Layer {
     pub(super) fn free_slot(&mut self, reactor: &mut Reactor, id: ChannelId) {
         self.leave_bases(id);
         if let Some(slot) = self.slots[id.0 as usize].take() {
-            slot.children.into_iter().chain(slot.reserve).for_each(|child| self.ios.give_back(child));
+            slot.children.into_iter().chain(slot.helpers).chain(slot.reserve).for_each(|child| self.ios.give_back(child));
             slot.registry.book(slot.device_id, &slot.stats);
+            slot.histogram.iter().for_each(|gone| slot.registry.board().keep(slot.device_id, gone));
             self.remove_queue(slot.split_queue);
             // Those of a module that could not do it itself: the channel's name may be given again.
             let own = |queue: &super::Queue| matches!(queue.owner, Owner::Channel(owner) if owner == id);
@@ -187,9 +197,13 @@ impl Layer {
     }
 
     /// The channel's counters.
-    pub(crate) fn stats_of(&mut self, id: ChannelId, reset: bool) -> Stats {
-        let Some(slot) = &mut self.slots[id.0 as usize] else { return Stats::default() };
-        if reset { std::mem::take(&mut slot.stats) } else { slot.stats }
+    pub(crate) fn stats_of(&mut self, id: ChannelId, reset: Reset) -> Stats {
+        self.slots[id.0 as usize].as_mut().map_or_else(Stats::default, |slot| slot.stats.tell(reset))
+    }
+
+    /// The channel's histogram, if it has one.
+    pub(crate) fn counting(&self, id: ChannelId) -> Option<&Counting> {
+        self.slot(id)?.histogram.as_deref()
     }
 
     /// New I/O waits from now on.

@@ -2,8 +2,9 @@
 
 use qpair_wire::nvme::Status;
 
+use super::emulate::LENT_BYTES_MAX;
 use super::split::spans_too_much;
-use crate::{Info, Io, Op, ZoneAction};
+use crate::{Info, Io, IoFlags, Op, ZoneAction};
 
 /// What becomes of an I/O.
 #[derive(Debug, PartialEq, Eq)]
@@ -12,6 +13,8 @@ pub(super) enum Route {
     Plain,
     /// In parts.
     Split,
+    /// By other operations, one after the other.
+    Emulate,
     /// By draining all channels.
     Reset,
     /// Not to the device at all.
@@ -57,7 +60,8 @@ pub(super) fn route(info: &Info, io: &Io) -> Route {
             | Op::ZoneAppend
             | Op::ZoneManagement
             | Op::WriteUncorrectable
-    ) && !(io.op == Op::ZoneManagement && io.command[0] == ZoneAction::Report as u8);
+    ) && !(io.op == Op::ZoneManagement && io.command[0] == ZoneAction::Report as u8)
+        || (io.op == Op::ZcopyEnd && io.flags.contains(IoFlags::COMMIT));
     if changes && info.readonly {
         return Route::Answer(Status::NAMESPACE_WRITE_PROTECTED);
     }
@@ -66,7 +70,7 @@ pub(super) fn route(info: &Info, io: &Io) -> Route {
         Op::Flush if !info.write_cache => return Route::Answer(Status::SUCCESS),
         Op::Flush | Op::NvmeIo | Op::NvmeAdmin if info.supported.has(io.op) => return Route::Plain,
         Op::WriteZeroes if !info.supported.has(io.op) && info.supported.has(Op::Write) => {}
-        _ if !info.supported.has(io.op) => return Route::Answer(Status::INVALID_OPCODE),
+        _ if !info.supported.has(io.op) && !can_emulate(info, io.op) => return Route::Answer(Status::INVALID_OPCODE),
         _ => {}
     }
     if io.blocks == 0 {
@@ -81,13 +85,47 @@ pub(super) fn route(info: &Info, io: &Io) -> Route {
     match io.op {
         Op::Read | Op::Write => transfer(info, io),
         Op::Unmap | Op::WriteZeroes => range(info, io),
-        Op::Compare | Op::ZoneAppend => whole(info, io, 1),
+        Op::Compare => whole(info, io, 1),
+        Op::ZoneAppend if fits(info, io) => whole(info, io, 1),
+        Op::ZoneAppend => Route::Answer(Status::INVALID_FIELD),
+        Op::CompareAndWrite if !in_units(info, io) => Route::Answer(Status::INVALID_FIELD),
         Op::CompareAndWrite => whole(info, io, 2),
-        Op::Copy if io.source_lba >= info.num_blocks || io.blocks > info.num_blocks - io.source_lba => {
-            Route::Answer(Status::LBA_OUT_OF_RANGE)
-        }
+        Op::Copy => copy(info, io),
+        Op::ZcopyStart | Op::ZcopyEnd => lend(info, io),
         _ => Route::Plain,
     }
+}
+
+/// Whether the layer knows how to do this by reads and writes.
+pub(crate) fn can_emulate(info: &Info, op: Op) -> bool {
+    let (reads, writes) = (info.supported.has(Op::Read), info.supported.has(Op::Write));
+    match op {
+        Op::Compare => reads,
+        // Both halves by the same side, or what one lends the other would be asked to take back.
+        Op::ZcopyStart | Op::ZcopyEnd => reads && writes && !info.supported.has(Op::ZcopyStart) && info.zoned.is_none(),
+        Op::CompareAndWrite | Op::Copy => reads && writes && info.zoned.is_none(),
+        _ => false,
+    }
+}
+
+fn copy(info: &Info, io: &Io) -> Route {
+    if io.source_lba >= info.num_blocks || io.blocks > info.num_blocks - io.source_lba {
+        return Route::Answer(Status::LBA_OUT_OF_RANGE);
+    }
+    if !in_units(info, io) {
+        return Route::Answer(Status::INVALID_FIELD);
+    }
+    if info.supported.has(Op::Copy) { Route::Plain } else { Route::Emulate }
+}
+
+/// Memory is lent for a range: none of the front end's when it is asked for, all of the range's when it is given back.
+fn lend(info: &Info, io: &Io) -> Route {
+    let bytes = io.blocks << info.block_size.trailing_zeros();
+    let expected = if io.op == Op::ZcopyStart { 0 } else { bytes };
+    if io.list_bytes() != expected || bytes > LENT_BYTES_MAX || !in_units(info, io) {
+        return Route::Answer(Status::INVALID_FIELD);
+    }
+    if info.supported.has(Op::ZcopyStart) { Route::Plain } else { Route::Emulate }
 }
 
 fn transfer(info: &Info, io: &Io) -> Route {
@@ -108,10 +146,17 @@ fn range(info: &Info, io: &Io) -> Route {
     if in_units(info, io) { Route::Split } else { Route::Answer(Status::INVALID_FIELD) }
 }
 
-/// What has data and means something as a whole only: `times` the range's bytes.
+/// What has data, `times` the range's bytes, and means something as a whole only: what the device does not take so, is emulated.
 fn whole(info: &Info, io: &Io, times: u64) -> Route {
     let bytes = (io.blocks << info.block_size.trailing_zeros()).checked_mul(times);
-    if Some(io.list_bytes()) == bytes && fits(info, io) { Route::Plain } else { Route::Answer(Status::INVALID_FIELD) }
+    if Some(io.list_bytes()) != bytes {
+        return Route::Answer(Status::INVALID_FIELD);
+    }
+    match info.supported.has(io.op) && fits(info, io) {
+        true => Route::Plain,
+        false if can_emulate(info, io.op) => Route::Emulate,
+        false => Route::Answer(Status::INVALID_FIELD),
+    }
 }
 
 fn in_units(info: &Info, io: &Io) -> bool {

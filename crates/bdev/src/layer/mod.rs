@@ -15,9 +15,13 @@
 mod batch;
 mod channels;
 mod check;
+mod emulate;
+mod limits;
+mod ranges;
 mod settle;
 mod split;
 mod stacking;
+pub mod watch;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -29,6 +33,8 @@ use qpair_reactor::{LocalWaker, PollerId, Reactor};
 use qpair_wire::nvme::Status;
 
 use crate::io::{Slab, State};
+use crate::measures::Counting;
+use crate::ranges::Range;
 use crate::{Channel, Device, DeviceId, FRAMES_MAX, Frame, Info, Io, IoFlags, IoId, Op, Registry, Stats, lifecycle};
 use check::Route;
 pub(crate) use split::{ZEROS, slice};
@@ -57,6 +63,8 @@ enum Owner {
 struct Queue {
     entries: Vec<IoId>,
     owner: Owner,
+    /// Whose I/O comes here, for time-outs; 0: nobody's.
+    descriptor: u64,
 }
 
 /// Whether a channel takes I/O.
@@ -93,12 +101,18 @@ pub(crate) struct Slot {
     waiting: VecDeque<IoId>,
     splitting: VecDeque<IoId>,
     children: Vec<IoId>,
+    /// What is done by several I/Os for want of the device's own way, and I/Os to do it.
+    jobs: Vec<emulate::Job>,
+    helpers: Vec<IoId>,
+    gate: ranges::Gate,
     /// Channels below, opened by this channel's module.
     bases: Vec<ChannelId>,
     /// I/Os of the module's own.
     reserve: Vec<IoId>,
     split_queue: QueueId,
+    limits: Option<Box<limits::Throttle>>,
     stats: Stats,
+    histogram: Option<Box<Counting>>,
     when_quiet: Vec<Then>,
     poller: PollerId,
     plugged: bool,
@@ -117,11 +131,13 @@ impl Slot {
             && self.waiting.is_empty()
             && self.splitting.is_empty()
             && self.when_quiet.is_empty()
+            && self.jobs.is_empty()
             && !self.closing
     }
 
     fn may_be_freed(&self) -> bool {
-        self.closing && self.is_quiet() && self.resets == 0 && self.waiting.is_empty() && self.when_quiet.is_empty()
+        let nothing_waits = self.waiting.is_empty() && self.gate.outside.is_empty() && self.when_quiet.is_empty();
+        self.closing && self.is_quiet() && self.resets == 0 && nothing_waits
     }
 
     #[inline]
@@ -149,7 +165,12 @@ pub struct Layer {
     zeros: Option<Region>,
     /// Devices that a job holds still: a channel opened meanwhile starts paused.
     held: Vec<DeviceId>,
+    /// Ranges under lock.
+    ranges: Vec<(DeviceId, Range)>,
+    bounces: emulate::Bounces,
     waker: Option<LocalWaker>,
+    throttled: limits::Throttled,
+    watches: Vec<watch::Watch>,
     now_ns: u64,
 }
 
@@ -188,7 +209,11 @@ impl Layer {
             scratch: (0..4 * FRAMES_MAX).map(|_| Vec::with_capacity(256)).collect(),
             zeros: None,
             held: Vec::new(),
+            ranges: Vec::new(),
+            bounces: emulate::Bounces::default(),
             waker: None,
+            throttled: limits::Throttled::default(),
+            watches: Vec::new(),
             now_ns: 0,
         }
     }
@@ -209,9 +234,9 @@ impl Layer {
     }
 
     fn new_queue(&mut self, owner: Owner) -> QueueId {
-        let queue = Queue { entries: Vec::with_capacity(256), owner };
+        let queue = Queue { entries: Vec::with_capacity(256), owner, descriptor: 0 };
         let free = (0..self.queues.len()).find(|index| {
-            let Queue { owner, entries } = &self.queues[*index];
+            let Queue { owner, entries, .. } = &self.queues[*index];
             matches!(owner, Owner::Nobody) && entries.is_empty() && !self.ios.names_queue(QueueId(*index as u32))
         });
         let index = free.unwrap_or(self.queues.len());
@@ -301,8 +326,11 @@ impl Layer {
             let frame = self.ios.get_mut(id).frame_mut();
             (frame.channel, frame.submitted_ns) = (channel, now_ns);
             let Some(slot) = &mut self.slots[channel.0 as usize] else { continue };
-            if slot.state != ChannelState::Closed && (slot.state == ChannelState::Paused || !slot.waiting.is_empty()) {
-                self.ios.get_mut(id).state = State::Waiting;
+            let io = self.ios.get_mut(id);
+            // A reset ends what waits; so it does not wait for that.
+            let behind = !slot.waiting.is_empty() && io.op != Op::Reset;
+            if slot.state != ChannelState::Closed && (slot.state == ChannelState::Paused || behind) {
+                io.state = State::Waiting;
                 slot.waiting.push_back(id);
                 continue;
             }
@@ -313,6 +341,8 @@ impl Layer {
         }
         self.return_list(ready);
         self.pump_splits(reactor, channel);
+        self.pump_jobs(reactor, channel);
+        self.arm_limits(reactor);
     }
 
     #[inline]
@@ -335,6 +365,12 @@ impl Layer {
             return true;
         }
         let io = self.ios.get_mut(id);
+        if !slot.gate.ranges.is_empty() && Self::stays_out(slot, id, io) {
+            return true;
+        }
+        if slot.limits.is_some() && Self::holds_back(&mut self.throttled, slot, channel, id, io, self.now_ns) {
+            return false;
+        }
         match check::route(&slot.info, io) {
             Route::Plain if slot.room() == 0 => {
                 io.state = State::Waiting;
@@ -352,6 +388,13 @@ impl Layer {
                 (io.split_blocks, io.split_pending, io.status) = (0, 0, Status::SUCCESS);
                 slot.parents += 1;
                 slot.splitting.push_back(id);
+            }
+            Route::Emulate => {
+                io.state = State::Submitted;
+                io.flags |= IoFlags::SPLIT | IoFlags::EMULATED;
+                io.status = Status::SUCCESS;
+                slot.parents += 1;
+                slot.jobs.push(emulate::Job::new(id));
             }
             Route::Reset => {
                 io.state = State::Submitted;
@@ -407,6 +450,7 @@ impl Layer {
         io.state = State::Done;
         io.status = status;
         let Frame { queue, channel, submitted_ns, .. } = *io.frame();
+        let awaited = io.flags.contains(IoFlags::AWAITED);
         let place = &mut self.queues[queue.0 as usize];
         if let Some(slot) = &mut self.slots[channel.0 as usize] {
             if !io.flags.contains(IoFlags::SPLIT) {
@@ -417,7 +461,11 @@ impl Layer {
             // What the layer itself asked for is booked once: with the parent.
             if !matches!(place.owner, Owner::Split(_)) {
                 let bytes = io.blocks << slot.info.block_size.trailing_zeros();
-                slot.stats.book(io.op, bytes, self.now_ns.saturating_sub(submitted_ns), status.is_error());
+                let elapsed_ns = self.now_ns.saturating_sub(submitted_ns);
+                slot.stats.book(io.op, bytes, elapsed_ns, status);
+                if let Some(counting) = &mut slot.histogram {
+                    counting.histogram.book(io.op, elapsed_ns);
+                }
             }
             if !slot.is_calm() && !slot.attention {
                 slot.attention = true;
@@ -435,6 +483,9 @@ impl Layer {
                 self.call_settler();
             }
             _ => {}
+        }
+        if awaited {
+            self.end_awaited(channel, id);
         }
     }
 
@@ -462,7 +513,7 @@ impl Layer {
     pub fn retrieve(&mut self, id: IoId) -> Frame {
         let io = self.ios.get_mut(id);
         assert!(io.state == State::Done, "I/O retrieved in state {:?}", io.state);
-        io.flags.remove(IoFlags::SPLIT);
+        io.flags.remove(IoFlags::SPLIT | IoFlags::EMULATED);
         let frame = io.pop();
         io.lba = frame.lba;
         // One that was passed down is, for whoever is above, still with the channel that passed it.
@@ -483,6 +534,7 @@ impl Layer {
         if io.state == State::Waiting {
             if let Some(slot) = &mut self.slots[channel.0 as usize] {
                 slot.waiting.retain(|other| *other != id);
+                slot.gate.outside.retain(|other| *other != id);
             }
             return self.refuse(channel, id, Status::ABORT_REQUESTED);
         }

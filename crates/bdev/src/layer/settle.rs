@@ -66,6 +66,8 @@ impl Layer {
             ChannelState::Closed => self.fail_waiting(channel),
         }
         self.pump_splits(reactor, channel);
+        self.pump_jobs(reactor, channel);
+        self.arm_limits(reactor);
         self.run_when_quiet(reactor, channel);
         if self.slot(channel).is_some_and(super::Slot::may_be_freed) {
             self.drop_module(reactor, channel);
@@ -91,7 +93,8 @@ impl Layer {
     }
 
     fn fail_waiting(&mut self, channel: ChannelId) {
-        while let Some(id) = self.slots[channel.0 as usize].as_mut().and_then(|slot| slot.waiting.pop_front()) {
+        let next = |slot: &mut super::Slot| slot.waiting.pop_front().or_else(|| slot.gate.outside.pop());
+        while let Some(id) = self.slots[channel.0 as usize].as_mut().and_then(next) {
             self.refuse(channel, id, Status::INVALID_NAMESPACE);
         }
     }
@@ -105,7 +108,8 @@ impl Layer {
             Owner::Split(channel) => entries.iter().for_each(|id| self.end_child(channel, *id)),
             Owner::Channel(channel) => match self.slot(channel) {
                 Some(slot) if !slot.gone => {
-                    let call = |module: &mut dyn Channel, layer: &mut Layer, reactor: &mut Reactor| module.completed(layer, reactor, &entries);
+                    let call =
+                        |module: &mut dyn Channel, layer: &mut Layer, reactor: &mut Reactor| module.completed(layer, reactor, &entries);
                     if self.with_channel(reactor, channel, call).is_none() {
                         self.end_unseen(queue, &entries);
                     }
@@ -235,14 +239,14 @@ impl Layer {
         self.ios.names().filter(passed).collect()
     }
 
-    /// The children of a split I/O that are with its device now. Walks the slab.
+    /// The children of a split or emulated I/O that are under way, also those that are being split themselves. Walks the slab.
     pub(super) fn children_of(&self, channel: ChannelId, parent: IoId) -> Vec<IoId> {
-        let mut children = self.under(channel);
         let queue = self.slot(channel).map(|slot| slot.split_queue);
-        children.retain(|id| {
-            let frame = &self.ios.get(*id).passed()[0];
-            Some(frame.queue) == queue && IoId::unpack(frame.tag) == parent
-        });
-        children
+        let of_it = |id: &IoId| {
+            let io = self.ios.get(*id);
+            let first = io.passed().first();
+            io.state == State::Submitted && first.is_some_and(|frame| Some(frame.queue) == queue && IoId::unpack(frame.tag) == parent)
+        };
+        self.ios.names().filter(of_it).collect()
     }
 }

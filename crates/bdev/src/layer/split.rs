@@ -78,6 +78,9 @@ impl Layer {
     /// A child is back: its outcome is its parent's.
     pub(super) fn end_child(&mut self, channel: ChannelId, child: IoId) {
         let parent = IoId::unpack(self.retrieve(child).tag);
+        if self.ios.get(parent).flags.contains(IoFlags::EMULATED) {
+            return self.end_helper(channel, parent, child);
+        }
         let io = self.ios.get_mut(child);
         let status = io.status;
         io.list.clear();
@@ -154,7 +157,7 @@ fn transfer_max(info: &Info, lba: u64, left: u64) -> u64 {
 }
 
 /// `blocks` rounded down to what the device writes at once; both are such that this leaves one unit at least.
-fn whole_units(info: &Info, blocks: u64) -> u64 {
+pub(super) fn whole_units(info: &Info, blocks: u64) -> u64 {
     let unit = u64::from(info.write_unit_blocks);
     blocks / unit * unit
 }

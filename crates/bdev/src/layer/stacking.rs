@@ -71,7 +71,7 @@ impl Layer {
     fn take_up(&mut self, id: IoId, shift: u64) -> Status {
         let io = self.ios.get_mut(id);
         assert!(io.state == State::Done && io.depth > 1, "I/O passed up in state {:?} at depth {}", io.state, io.depth);
-        io.flags.remove(IoFlags::SPLIT);
+        io.flags.remove(IoFlags::SPLIT | IoFlags::EMULATED);
         io.lba = io.pop().lba;
         io.state = State::Submitted;
         match io.op {

@@ -24,6 +24,8 @@ pub struct Allowed {
     pub panics: bool,
     pub resets: bool,
     pub churn: bool,
+    /// Compares, copies and borrows too.
+    pub composed: bool,
     /// The device answers anything, with any data.
     pub rubbish: bool,
 }
@@ -34,6 +36,7 @@ enum Content {
     Filled(u8),
 }
 
+#[derive(Clone)]
 struct Pending {
     obligation: u64,
     op: Op,
@@ -46,6 +49,8 @@ struct Pending {
     aborted: bool,
     /// Refused for certain, with this.
     refusal: Option<Status>,
+    /// First block of a copy's source, within the cell.
+    source: u64,
 }
 
 struct Cell {
@@ -86,7 +91,8 @@ impl Client {
         ios: u32,
     ) -> Weak<Mapping> {
         let (rng, ledger) = (world.rng().fork(), world.obligations().clone());
-        let bytes = cells.len() as u64 * CELL_BLOCKS * u64::from(info.block_size);
+        // The second half is what compare-and-write writes.
+        let bytes = 2 * cells.len() as u64 * CELL_BLOCKS * u64::from(info.block_size);
         let mapping = Mapping::anonymous(bytes as usize, Pages::Normal).unwrap();
         let weak = Arc::downgrade(&mapping);
         let cell = |number: &u64| Cell { number: *number, busy: false, blocks: vec![Content::Filled(0); CELL_BLOCKS as usize] };
@@ -144,19 +150,28 @@ impl Client {
             37..40 => Op::Flush,
             _ => Op::Reset,
         };
+        let op = match rng.below(8) {
+            0 if self.allowed.composed => *rng.pick(&[Op::Copy, Op::Compare, Op::CompareAndWrite, Op::ZcopyStart]),
+            _ => op,
+        };
         let first = rng.below(CELL_BLOCKS);
         let blocks = rng.between(1, CELL_BLOCKS - first);
         let fill = rng.between(1, 255) as u8;
-        let mut pending =
-            Pending { obligation: self.ledger.open_next(), op, cell, first, blocks, fill, since_ns: now_ns, aborted: false, refusal: None };
+        let source = rng.below(CELL_BLOCKS - blocks + 1);
+        let (obligation, since_ns) = (self.ledger.open_next(), now_ns);
+        let mut pending = Pending { obligation, op, cell, first, blocks, fill, since_ns, aborted: false, refusal: None, source };
         self.cells[cell].busy = true;
         let io = layer.io_mut(id);
         (io.op, io.lba, io.blocks) = (op, self.cells[cell].number * CELL_BLOCKS + first, blocks);
         if self.rng.chance(1, 8) {
             io.flags |= IoFlags::FUA;
         }
-        if matches!(op, Op::Read | Op::Write) {
-            self.cut(layer, id, &mut pending);
+        match op {
+            Op::Read | Op::Write => self.cut(layer, id, &mut pending),
+            Op::Copy => layer.io_mut(id).source_lba = self.cells[cell].number * CELL_BLOCKS + source,
+            Op::Compare | Op::CompareAndWrite => self.compare(layer, id, &mut pending),
+            Op::ZcopyStart => layer.io_mut(id).flags |= IoFlags::POPULATE,
+            _ => {}
         }
         if op == Op::Unmap && !self.info.supported.has(op) {
             pending.refusal = Some(Status::INVALID_OPCODE);
@@ -183,6 +198,57 @@ impl Client {
         if most != 0 && pieces > most && pieces_of_block.iter().any(|pieces| *pieces > most) {
             pending.refusal = Some(Status::INVALID_SGL_COUNT);
         }
+    }
+
+    /// Gives a compare what it should find, or something that it should not; and what is to be written then.
+    fn compare(&mut self, layer: &mut Layer, id: IoId, pending: &mut Pending) {
+        let size = u64::from(self.info.block_size);
+        let (start, memory) = (self.place(pending), self.memory.clone().unwrap());
+        for block in 0..pending.blocks {
+            let byte = match self.cells[pending.cell].blocks[(pending.first + block) as usize] {
+                Content::Filled(fill) => fill,
+                Content::Unknown => 0xee,
+            };
+            memory.fill(start + block * size, size, byte).unwrap();
+        }
+        if self.rng.chance(1, 3) {
+            let at = start + self.rng.below(pending.blocks * size);
+            let mut byte = [0];
+            memory.read(at, &mut byte).unwrap();
+            memory.write(at, &[!byte[0]]).unwrap();
+            pending.refusal = Some(Status::COMPARE_FAILURE);
+        }
+        let list = &mut layer.io_mut(id).list;
+        list.push(Sge { region: memory.clone(), offset: start, length: (pending.blocks * size) as u32 });
+        if pending.op == Op::CompareAndWrite {
+            let second = self.cells.len() as u64 * CELL_BLOCKS * size + start;
+            memory.fill(second, pending.blocks * size, pending.fill).unwrap();
+            list.push(Sge { region: memory, offset: second, length: (pending.blocks * size) as u32 });
+        }
+    }
+
+    /// What a zcopy lent is as it should be; then other data go back the same way.
+    fn give_back_lent(&mut self, layer: &mut Layer, reactor: &mut Reactor, id: IoId, mut pending: Pending) -> bool {
+        let Some((_, channel)) = self.open else { return false };
+        let size = u64::from(self.info.block_size);
+        let lent = layer.io(id).list[0].clone();
+        self.scratch.resize(size as usize, 0);
+        for block in 0..pending.blocks {
+            lent.region.read(lent.offset + block * size, &mut self.scratch).unwrap();
+            if let Content::Filled(fill) = self.cells[pending.cell].blocks[(pending.first + block) as usize] {
+                assert!(self.scratch.iter().all(|byte| *byte == fill), "what was lent is not {fill:#x}");
+            }
+        }
+        lent.region.fill(lent.offset, pending.blocks * size, pending.fill).unwrap();
+        pending.op = Op::ZcopyEnd;
+        pending.obligation = self.ledger.open_next();
+        let io = layer.io_mut(id);
+        (io.op, io.flags) = (Op::ZcopyEnd, IoFlags::COMMIT);
+        io.push(self.queue, pending.obligation);
+        self.outstanding.insert(id.pack(), pending);
+        layer.submit(reactor, channel, &[id]);
+        layer.unplug(reactor);
+        true
     }
 
     fn submit_some(&mut self, layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId) {
@@ -232,23 +298,32 @@ impl Client {
         }
     }
 
-    fn finish(&mut self, layer: &mut Layer, id: IoId) {
+    fn finish(&mut self, layer: &mut Layer, reactor: &mut Reactor, id: IoId) {
         let frame = layer.retrieve(id);
         let pending = self.outstanding.remove(&id.pack()).expect("an I/O came back that was not out");
         assert_eq!(frame.tag, pending.obligation);
         let status = layer.io(id).status;
         self.ledger.close(pending.obligation);
+        let lent = pending.op == Op::ZcopyStart && status == Status::SUCCESS;
+        if lent && self.give_back_lent(layer, reactor, id, pending.clone()) {
+            return;
+        }
         layer.give_back(id);
         self.cells[pending.cell].busy = false;
         self.judge(&pending, status);
+        let source = pending.source as usize..(pending.source + pending.blocks) as usize;
+        let copied = self.cells[pending.cell].blocks[source].to_vec();
         let blocks = pending.first as usize..(pending.first + pending.blocks) as usize;
         let content = &mut self.cells[pending.cell].blocks[blocks];
         match (pending.op, status) {
-            (Op::Write, Status::SUCCESS) => content.fill(Content::Filled(pending.fill)),
+            (Op::Write | Op::CompareAndWrite | Op::ZcopyEnd, Status::SUCCESS) => content.fill(Content::Filled(pending.fill)),
+            (Op::Copy, Status::SUCCESS) => content.copy_from_slice(&copied),
             (Op::WriteZeroes, Status::SUCCESS) => content.fill(Content::Filled(0)),
             // Refused before anything was begun.
-            (_, Status::INVALID_SGL_COUNT | Status::INVALID_OPCODE | Status::LBA_OUT_OF_RANGE) => {}
-            (Op::Write | Op::WriteZeroes | Op::Unmap, _) => content.fill(Content::Unknown),
+            (_, Status::INVALID_SGL_COUNT | Status::INVALID_OPCODE | Status::LBA_OUT_OF_RANGE | Status::COMPARE_FAILURE) => {}
+            (Op::Write | Op::WriteZeroes | Op::Unmap | Op::CompareAndWrite | Op::ZcopyEnd | Op::Copy, _) => {
+                content.fill(Content::Unknown);
+            }
             (Op::Read, Status::SUCCESS) if !self.allowed.rubbish => self.verify(&pending),
             _ => {}
         }
@@ -257,15 +332,30 @@ impl Client {
     fn judge(&self, pending: &Pending, status: Status) {
         let Allowed { errors, removal, resize, panics, resets, .. } = self.allowed;
         let legal = match status {
-            Status::SUCCESS => pending.refusal.is_none(),
+            Status::SUCCESS => pending.refusal.is_none() || (pending.refusal == Some(Status::COMPARE_FAILURE) && self.is_unknown(pending)),
             Status::ABORT_REQUESTED => pending.aborted || removal || resets,
             Status::UNRECOVERED_READ_ERROR | Status::WRITE_FAULT => errors,
             Status::INTERNAL_DEVICE_ERROR => panics,
             Status::INVALID_NAMESPACE => removal || panics,
             Status::LBA_OUT_OF_RANGE => resize,
+            // Content that is not known may be anything.
+            Status::COMPARE_FAILURE if matches!(pending.op, Op::Compare | Op::CompareAndWrite) => {
+                pending.refusal == Some(status) || self.is_unknown(pending)
+            }
             other => pending.refusal == Some(other),
         };
-        assert!(legal || self.allowed.rubbish, "{:?} ended with {status:?}, refusal {:?}, allowed {:?}", pending.op, pending.refusal, self.allowed);
+        assert!(
+            legal || self.allowed.rubbish,
+            "{:?} ended with {status:?}, refusal {:?}, allowed {:?}",
+            pending.op,
+            pending.refusal,
+            self.allowed
+        );
+    }
+
+    fn is_unknown(&self, pending: &Pending) -> bool {
+        let blocks = pending.first as usize..(pending.first + pending.blocks) as usize;
+        self.cells[pending.cell].blocks[blocks].contains(&Content::Unknown)
     }
 
     fn verify(&mut self, pending: &Pending) {
@@ -316,7 +406,7 @@ impl Poller for Client {
         let mut reaped = std::mem::take(&mut self.reaped);
         layer.reap(reactor, self.queue, &mut reaped);
         let mut work = reaped.len();
-        reaped.drain(..).for_each(|id| self.finish(&mut layer, id));
+        reaped.drain(..).for_each(|id| self.finish(&mut layer, reactor, id));
         self.reaped = reaped;
         if reactor.now_ns() >= self.next_ns {
             work += 1;
