@@ -62,7 +62,7 @@ bench: ready
 	$(BIN)/python benches/run.py
 
 ## make fuzz       each fuzz target for SECONDS seconds (default 600), Rust then Python
-fuzz: $(DEPS)
+fuzz: $(ENGINE)
 	tools/fuzz.sh $(SECONDS)
 
 ## make soak       the simulator's tests with SEEDS seeds (default 1000000)

@@ -4,15 +4,21 @@ A target takes any bytes and must end them in a value or in the error its room d
 value can be encoded again, the encoding must decode to the same value.
 """
 
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import atheris
+import hypothesis
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 with atheris.instrument_imports(include=["qpair", "json"]):
+    import rpc_requests
     from qpair.app import config
     from qpair.errors import ConfigError
     from qpair.rpc import framing as json_framing
@@ -76,8 +82,19 @@ def configuration(data: bytes) -> None:
         config.parse(data)
 
 
+@hypothesis.settings(database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(made=rpc_requests.requests)
+def _generated(made: list[dict[str, Any]]) -> None:
+    asyncio.run(rpc_requests.check(made))
+
+
+def rpc_methods(data: bytes) -> None:
+    """Whole requests to every method, on a stack of their own: the bytes choose among what the declared types allow, and what they do not."""
+    _generated.hypothesis.fuzz_one_input(data)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration)
+    target.__name__: target for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration, rpc_methods)
 }
 
 if __name__ == "__main__":
