@@ -61,7 +61,7 @@ proptest! {
                 prop_assert!(status == Status::INVALID_OPCODE && !info.supported.has(op));
                 return Ok(());
             }
-            Route::Reset => unreachable!(),
+            Route::Reset | Route::Emulate => unreachable!(),
         }
         let zeros = zeros().expect("memory");
         let (block, mut bytes, mut count) = (u64::from(info.block_size), 0, 0);
