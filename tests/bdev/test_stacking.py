@@ -29,7 +29,8 @@ async def test_a_passthru_is_its_base_by_another_name(stack: Any) -> None:
     assert (shown["product_name"], shown["uuid"], shown["num_blocks"], shown["block_size"]) == ("passthru", UUID, 256, 4096)
     assert shown["driver_specific"] == {"passthru": {"name": "p0", "base_bdev_name": "m0"}}
     (below,) = await stack.rpc("bdev_get_bdevs", name="m0")
-    assert below["claimed"] and below["supported_io_types"] == shown["supported_io_types"]
+    assert below["claimed"]
+    assert below["supported_io_types"] == shown["supported_io_types"]
     assert stack.bdevs.info("p0").bases == ("m0",)
     await stack.bdevs.handle("p0").write(8192, b"through".ljust(4096))
     assert (await base.read(8192, 4096)).startswith(b"through")
