@@ -38,6 +38,15 @@ pub enum BdevError {
     /// A reactor's I/O slab or the memory is used up.
     #[error("Cannot allocate memory: {0}")]
     NoMemory(String),
+    /// No QoS group of that name.
+    #[error("No such file or directory: QoS group {0}")]
+    NoSuchGroup(String),
+    /// The QoS group's name is taken.
+    #[error("File exists: QoS group {0}")]
+    GroupExists(String),
+    /// Nobody enabled one.
+    #[error("Bad address: bdev {0} has no histogram enabled")]
+    NoHistogram(String),
     /// It did not happen in time.
     #[error("Connection timed out: {0}")]
     TimedOut(String),
@@ -64,7 +73,9 @@ impl BdevError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::NoSuchBdev(_) | Self::Removing(_) => libc::ENODEV,
-            Self::Exists(_) => libc::EEXIST,
+            Self::Exists(_) | Self::GroupExists(_) => libc::EEXIST,
+            Self::NoSuchGroup(_) => libc::ENOENT,
+            Self::NoHistogram(_) => libc::EFAULT,
             Self::Claimed { .. } => libc::EBUSY,
             Self::Invalid { .. } => libc::EINVAL,
             Self::Unsupported(_) => libc::EOPNOTSUPP,

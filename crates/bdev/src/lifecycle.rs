@@ -1,4 +1,4 @@
-//! What concerns a device on all its reactors at once: removal, resizing, reset, statistics.
+//! What concerns a device on all its reactors at once: removal, resizing, reset.
 //!
 //! Each is a job that holds the device exclusively, sends one message to every reactor, and goes on when the last has
 //! answered ([`qpair_reactor::Fanout`]). A reactor answers when its channels are quiet, also those that are about to
@@ -18,23 +18,23 @@ use qpair_reactor::{Fanout, Handle, Reactor};
 use qpair_wire::nvme::Status;
 
 use crate::registry::JobGuard;
-use crate::{BdevError, ChannelId, DeviceId, Fate, Info, IoId, Layer, Notice, Registry, Stats};
+use crate::{BdevError, ChannelId, DeviceId, Fate, Info, IoId, Layer, Notice, Registry};
 
 /// Where the outcome of a control operation goes, from whatever thread it ends on.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, BdevError>) + Send>;
 
 /// A reply that is sent in any case.
-struct Answer<T> {
+pub(crate) struct Answer<T> {
     name: String,
     reply: Option<Reply<T>>,
 }
 
 impl<T> Answer<T> {
-    fn new(name: &str, reply: Reply<T>) -> Self {
+    pub(crate) fn new(name: &str, reply: Reply<T>) -> Self {
         Self { name: name.to_owned(), reply: Some(reply) }
     }
 
-    fn send(mut self, outcome: Result<T, BdevError>) {
+    pub(crate) fn send(mut self, outcome: Result<T, BdevError>) {
         if let Some(reply) = self.reply.take() {
             reply(outcome);
         }
@@ -51,7 +51,7 @@ impl<T> Drop for Answer<T> {
 
 /// What a message does to a reactor beside looking after the channels there are.
 #[derive(Clone, Copy)]
-enum Stance {
+pub(crate) enum Stance {
     /// Channels opened from now on start paused.
     Hold,
     /// And from now on not any more.
@@ -60,7 +60,7 @@ enum Stance {
 }
 
 /// Runs `each` for the device's channels on every reactor; then, when all parts are dropped, `then` at home.
-fn on_channels(
+pub(crate) fn on_channels(
     registry: &Arc<Registry>,
     device: DeviceId,
     stance: Stance,
@@ -108,7 +108,7 @@ pub struct Hold(#[allow(dead_code, reason = "only ever dropped")] Arc<Next>);
 struct Next(Mutex<Option<Box<dyn FnOnce() + Send>>>);
 
 impl Hold {
-    fn until(next: impl FnOnce() + Send + 'static) -> Self {
+    pub(crate) fn until(next: impl FnOnce() + Send + 'static) -> Self {
         Self(Arc::new(Next(Mutex::new(Some(Box::new(next))))))
     }
 }
@@ -328,23 +328,4 @@ pub fn poke(registry: &Arc<Registry>, device: DeviceId, reply: Reply<()>) {
         layer.settle(reactor);
     };
     on_channels(registry, device, Stance::Neither, poll, move |_| answer.send(Ok(())));
-}
-
-/// Sums a device's counters over its channels.
-pub fn statistics(registry: &Arc<Registry>, name: &str, reset: bool, reply: Reply<Stats>) {
-    let device = match registry.live(name) {
-        Ok(device) => device,
-        Err(error) => return reply(Err(error)),
-    };
-    let answer = Answer::new(name, reply);
-    let sum = Arc::new(Mutex::new(registry.gone_stats(device, reset)));
-    let total = sum.clone();
-    let collect = move |layer: &mut Layer, _: &mut Reactor, channel: ChannelId, _part| {
-        let stats = layer.stats_of(channel, reset);
-        sum.lock().unwrap_or_else(PoisonError::into_inner).add(&stats);
-    };
-    on_channels(registry, device, Stance::Neither, collect, move |_| {
-        let stats = *total.lock().unwrap_or_else(PoisonError::into_inner);
-        answer.send(Ok(stats));
-    });
 }

@@ -1,58 +1,115 @@
 //! Counters of one channel; a device's are their sum.
 
+use qpair_wire::nvme::Status;
+
 use crate::Op;
 
-/// What bdev_get_iostat tells. Times are reactor time: what ends in the turn it began counts as 0.
+/// Times of one kind of I/O, in nanoseconds of reactor time: what ends in the turn it began counts as 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Latency {
+    pub ios: u64,
+    pub bytes: u64,
+    pub total_ns: u64,
+    pub max_ns: u64,
+    pub min_ns: Option<u64>,
+}
+
+impl Latency {
+    #[inline]
+    fn book(&mut self, bytes: u64, elapsed_ns: u64) {
+        self.ios += 1;
+        self.bytes += bytes;
+        self.total_ns += elapsed_ns;
+        self.max_ns = self.max_ns.max(elapsed_ns);
+        self.min_ns = Some(self.min_ns.map_or(elapsed_ns, |least| least.min(elapsed_ns)));
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.ios += other.ios;
+        self.bytes += other.bytes;
+        self.total_ns += other.total_ns;
+        self.max_ns = self.max_ns.max(other.max_ns);
+        self.min_ns = self.min_ns.into_iter().chain(other.min_ns).min();
+    }
+}
+
+/// Failed I/Os by what became of them, in SPDK's words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Failures {
+    pub aborted: u64,
+    pub miscompare: u64,
+    pub nomem: u64,
+    pub failed: u64,
+}
+
+impl Failures {
+    #[cold]
+    fn book(&mut self, status: Status) {
+        let count = match status {
+            Status::ABORT_REQUESTED => &mut self.aborted,
+            Status::COMPARE_FAILURE => &mut self.miscompare,
+            Status::COMMAND_INTERRUPTED => &mut self.nomem,
+            _ => &mut self.failed,
+        };
+        *count += 1;
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.aborted + self.miscompare + self.nomem + self.failed
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.aborted += other.aborted;
+        self.miscompare += other.miscompare;
+        self.nomem += other.nomem;
+        self.failed += other.failed;
+    }
+}
+
+/// What bdev_get_iostat tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Stats {
-    pub read_ios: u64,
-    pub read_bytes: u64,
-    pub write_ios: u64,
-    pub write_bytes: u64,
-    pub unmap_ios: u64,
-    pub unmap_bytes: u64,
+    pub read: Latency,
+    pub write: Latency,
+    pub unmap: Latency,
+    pub copy: Latency,
     pub flush_ios: u64,
     pub write_zeroes_ios: u64,
     pub other_ios: u64,
-    pub errors: u64,
-    pub read_ns: u64,
-    pub write_ns: u64,
-    pub unmap_ns: u64,
-    pub max_read_ns: u64,
-    pub max_write_ns: u64,
-    pub min_read_ns: Option<u64>,
-    pub min_write_ns: Option<u64>,
+    pub errors: Failures,
+}
+
+/// What is set to zero once counters were read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reset {
+    /// Nothing.
+    #[default]
+    None,
+    /// Everything.
+    All,
+    /// The largest and smallest times.
+    MaxMin,
+    /// Failures.
+    Errors,
 }
 
 impl Stats {
     /// Books one finished I/O.
     #[inline]
-    pub fn book(&mut self, op: Op, bytes: u64, elapsed_ns: u64, failed: bool) {
-        if failed {
-            self.errors += 1;
+    pub fn book(&mut self, op: Op, bytes: u64, elapsed_ns: u64, status: Status) {
+        if status.is_error() {
+            self.errors.book(status);
             return;
         }
         match op {
-            Op::Read => {
-                self.read_ios += 1;
-                self.read_bytes += bytes;
-                self.read_ns += elapsed_ns;
-                self.max_read_ns = self.max_read_ns.max(elapsed_ns);
-                self.min_read_ns = Some(self.min_read_ns.map_or(elapsed_ns, |least| least.min(elapsed_ns)));
-            }
-            Op::Write => {
-                self.write_ios += 1;
-                self.write_bytes += bytes;
-                self.write_ns += elapsed_ns;
-                self.max_write_ns = self.max_write_ns.max(elapsed_ns);
-                self.min_write_ns = Some(self.min_write_ns.map_or(elapsed_ns, |least| least.min(elapsed_ns)));
-            }
-            Op::Unmap => {
-                self.unmap_ios += 1;
-                self.unmap_bytes += bytes;
-                self.unmap_ns += elapsed_ns;
-            }
+            Op::Read => self.read.book(bytes, elapsed_ns),
+            Op::Write => self.write.book(bytes, elapsed_ns),
+            Op::Unmap => self.unmap.book(bytes, elapsed_ns),
+            Op::Copy => self.copy.book(bytes, elapsed_ns),
             Op::Flush => self.flush_ios += 1,
             Op::WriteZeroes => self.write_zeroes_ios += 1,
             _ => self.other_ios += 1,
@@ -61,23 +118,71 @@ impl Stats {
 
     /// Adds another channel's.
     pub fn add(&mut self, other: &Self) {
-        let least = |a: Option<u64>, b: Option<u64>| a.into_iter().chain(b).min();
-        self.read_ios += other.read_ios;
-        self.read_bytes += other.read_bytes;
-        self.write_ios += other.write_ios;
-        self.write_bytes += other.write_bytes;
-        self.unmap_ios += other.unmap_ios;
-        self.unmap_bytes += other.unmap_bytes;
+        self.read.add(&other.read);
+        self.write.add(&other.write);
+        self.unmap.add(&other.unmap);
+        self.copy.add(&other.copy);
         self.flush_ios += other.flush_ios;
         self.write_zeroes_ios += other.write_zeroes_ios;
         self.other_ios += other.other_ios;
-        self.errors += other.errors;
-        self.read_ns += other.read_ns;
-        self.write_ns += other.write_ns;
-        self.unmap_ns += other.unmap_ns;
-        self.max_read_ns = self.max_read_ns.max(other.max_read_ns);
-        self.max_write_ns = self.max_write_ns.max(other.max_write_ns);
-        self.min_read_ns = least(self.min_read_ns, other.min_read_ns);
-        self.min_write_ns = least(self.min_write_ns, other.min_write_ns);
+        self.errors.add(&other.errors);
+    }
+
+    /// The counters as they are, and then as `reset` leaves them.
+    pub fn tell(&mut self, reset: Reset) -> Self {
+        let told = *self;
+        match reset {
+            Reset::None => {}
+            Reset::All => *self = Self::default(),
+            Reset::Errors => self.errors = Failures::default(),
+            Reset::MaxMin => {
+                for latency in [&mut self.read, &mut self.write, &mut self.unmap, &mut self.copy] {
+                    (latency.max_ns, latency.min_ns) = (0, None);
+                }
+            }
+        }
+        told
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn some() -> Stats {
+        let mut stats = Stats::default();
+        for (op, elapsed_ns) in [(Op::Read, 5), (Op::Read, 3), (Op::Write, 7), (Op::Unmap, 2), (Op::Copy, 9), (Op::Flush, 1)] {
+            stats.book(op, 512, elapsed_ns, Status::SUCCESS);
+        }
+        for status in [Status::ABORT_REQUESTED, Status::COMPARE_FAILURE, Status::WRITE_FAULT, Status::INVALID_FIELD] {
+            stats.book(Op::Write, 512, 100, status);
+        }
+        stats
+    }
+
+    #[test]
+    fn successes_count_with_their_times_and_failures_by_kind() {
+        let stats = some();
+        assert_eq!(stats.read, Latency { ios: 2, bytes: 1024, total_ns: 8, max_ns: 5, min_ns: Some(3) });
+        assert_eq!(stats.write, Latency { ios: 1, bytes: 512, total_ns: 7, max_ns: 7, min_ns: Some(7) });
+        assert_eq!((stats.unmap.total_ns, stats.copy.total_ns, stats.flush_ios), (2, 9, 1));
+        assert_eq!(stats.errors, Failures { aborted: 1, miscompare: 1, nomem: 0, failed: 2 });
+        assert_eq!(stats.errors.total(), 4);
+    }
+
+    #[test]
+    fn each_reset_leaves_what_is_not_its_own() {
+        let before = some();
+        let after = |reset| {
+            let mut stats = before;
+            assert_eq!(stats.tell(reset), before);
+            stats
+        };
+        assert_eq!(after(Reset::None), before);
+        assert_eq!(after(Reset::All), Stats::default());
+        assert_eq!(after(Reset::Errors), Stats { errors: Failures::default(), ..before });
+        let flat = |latency: Latency| Latency { max_ns: 0, min_ns: None, ..latency };
+        let (read, write, unmap, copy) = (flat(before.read), flat(before.write), flat(before.unmap), flat(before.copy));
+        assert_eq!(after(Reset::MaxMin), Stats { read, write, unmap, copy, ..before });
     }
 }

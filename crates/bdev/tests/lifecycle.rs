@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
+use qpair_bdev::measures::{self, Report};
 use qpair_bdev::null::Null;
-use qpair_bdev::{
-    BdevError, Channel, ChannelId, Device, Info, Io, IoId, Layer, Notice, Op, OpSet, QueueId, Registry, Stats, Status, lifecycle,
-};
+use qpair_bdev::stats::Reset;
+use qpair_bdev::{BdevError, Channel, ChannelId, Device, Info, Io, IoId, Layer, Notice, Op, OpSet, QueueId, Registry, Status, lifecycle};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
 use qpair_reactor::{Poller, Reactor};
@@ -434,13 +434,13 @@ fn statistics_are_of_all_channels_also_those_that_closed() {
     bench.rest();
     bench.close();
     for expected in [2560 - 1024, 0] {
-        let got: Outcome<Stats> = Outcome::default();
-        lifecycle::statistics(&bench.registry, "disk", true, reply(&got));
+        let got: Outcome<Report> = Outcome::default();
+        measures::statistics(&bench.registry, "disk", Reset::All, reply(&got));
         bench.rest();
-        let stats = got.lock().unwrap().pop().unwrap().unwrap();
-        assert_eq!(stats.read_bytes + stats.write_bytes, expected);
-        assert_eq!(stats.write_ios, u64::from(expected > 0), "a split write is one write");
-        assert_eq!(stats.errors, u64::from(expected > 0));
+        let stats = got.lock().unwrap().pop().unwrap().unwrap().total;
+        assert_eq!(stats.read.bytes + stats.write.bytes, expected);
+        assert_eq!(stats.write.ios, u64::from(expected > 0), "a split write is one write");
+        assert_eq!(stats.errors.total(), u64::from(expected > 0));
     }
 }
 
