@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 ROUNDS = 5
 DISK_BLOCKS = (512 << 20) // 4096
 IDLE_DISKS = 64
+BDEVS = 1000
 PAIRS = 25
 
 
@@ -272,6 +274,38 @@ def system_calls(report: Report) -> None:
     return None
 
 
+def thousand_bdevs(report: Report) -> None:
+    """A thousand bdevs by one batch of RPCs, and then all of them shown: what a client on the socket waits for, to the last byte of the answer."""
+
+    def ask(path: Path, document: Any) -> tuple[float, bytes]:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(path))
+            request = json.dumps(document).encode()
+            start = time.monotonic()
+            peer.sendall(request)
+            with peer.makefile("rb") as answers:
+                line = answers.readline()
+            return time.monotonic() - start, line
+
+    def once() -> tuple[float, float]:
+        with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)):
+            path = Path(name) / "rpc.sock"
+            params = {"num_blocks": 128, "block_size": 512}
+            made, answers = ask(path, [{"id": number, "method": "bdev_malloc_create", "params": params} for number in range(BDEVS)])
+            if json.loads(answers)[-1].get("result") != f"Malloc{BDEVS - 1}":
+                raise RuntimeError(f"not all were made: {answers[-200:]!r}")
+            shown, answer = min(ask(path, {"id": 1, "method": "bdev_get_bdevs"}) for _ in range(3))
+            if len(json.loads(answer)["result"]) != BDEVS:
+                raise RuntimeError("not all are shown")
+            return made, shown
+
+    times = [moments().pair(once) for _ in range(ROUNDS)]
+    report.raw["thousand_bdevs"] = times
+    made, shown = (statistics.median(column) for column in zip(*times, strict=True))
+    report.add(f"{BDEVS} bdevs by one batch of RPCs", f"{made * 1e3:.0f} ms", "under 2 s", made < 2)
+    report.add(f"bdev_get_bdevs of {BDEVS}", f"{shown * 1e3:.1f} ms", "under 50 ms", shown < 0.05)
+
+
 FIGURES: dict[str, Callable[[Report], None]] = {
     "yardstick": yardstick,
     "in_process": in_process,
@@ -282,6 +316,7 @@ FIGURES: dict[str, Callable[[Report], None]] = {
     "idle": idle,
     "start_up": start_up,
     "system_calls": system_calls,
+    "thousand_bdevs": thousand_bdevs,
 }
 
 

@@ -136,10 +136,54 @@ async def test_a_saved_configuration_loads_into_a_waiting_stack(
         assert json.loads(out) == saved
 
 
-async def test_spdk_cli_lists_our_bdevs(client: Any, server: Any, socket_path: str, stack: Any) -> None:
-    await stack.malloc("m0", "4MiB")
-    code, out, err = await client(tool("spdk-cli"), "-s", socket_path, "ls", "/bdevs")
-    if code != 0 and "configshell" in err:
-        missing("spdk-cli", "it needs configshell-fb")
-    assert code == 0, err
-    assert "m0" in out
+async def test_threads_notifications_keys_and_the_scheduler_answer_spdk_rpc(spdk_rpc: Any, stack: Any, tmp_path: Path) -> None:
+    await ok(spdk_rpc, "bdev_null_create", "n0", "8", "512")
+    await ok(spdk_rpc, "bdev_null_delete", "n0")
+    assert (await ok(spdk_rpc, "notify_get_types"))[:3] == ["bdev_register", "bdev_unregister", "bdev_resize"]
+    assert await ok(spdk_rpc, "notify_get_notifications", "-i", "1", "-n", "5") == [{"type": "bdev_unregister", "ctx": "n0", "id": 1}]
+    (thread,) = (await ok(spdk_rpc, "thread_get_stats"))["threads"]
+    (polled,) = (await ok(spdk_rpc, "thread_get_pollers"))["threads"]
+    assert (polled["name"], polled["id"]) == (thread["name"], thread["id"])
+    assert polled["active_pollers"]
+    await ok(spdk_rpc, "thread_set_cpumask", "-i", str(thread["id"]), "-m", f"[{stack.cores[0]}]")
+    code, out = await refused(spdk_rpc, "thread_set_cpumask", "-i", "77", "-m", "0x1")
+    assert (code, "Thread 77 does not exist" in out) == (1, True)
+    assert (await ok(spdk_rpc, "framework_get_scheduler"))["scheduler_name"] == "static"
+    assert await ok(spdk_rpc, "framework_get_governor") == {}
+    assert await ok(spdk_rpc, "framework_get_pci_devices") == []
+    await ok(spdk_rpc, "log_enable_timestamps", "--no-timestamps")
+    await ok(spdk_rpc, "log_enable_timestamps", "--timestamps")
+    await ok(spdk_rpc, "accel_crypto_key_create", "-c", "AES_CBC", "-k", "00112233445566778899aabbccddeeff", "-n", "k0")
+    assert [key["name"] for key in await ok(spdk_rpc, "accel_crypto_keys_get")] == ["k0"]
+    await ok(spdk_rpc, "accel_crypto_key_destroy", "-n", "k0")
+    key = tmp_path / "key"
+    key.write_text("secret")
+    key.chmod(0o600)
+    await ok(spdk_rpc, "keyring_file_add_key", "k1", str(key))
+    assert [found["path"] for found in await ok(spdk_rpc, "keyring_get_keys")] == [str(key)]
+    await ok(spdk_rpc, "keyring_file_remove_key", "k1")
+    assert (await ok(spdk_rpc, "accel_get_opc_assignments"))["copy"] == "software"
+
+
+async def test_spdk_rpc_sends_a_batch_of_commands_as_one_request(spdk_rpc: Any) -> None:
+    commands = "\n".join(f"bdev_null_create n{number} 8 512" for number in range(20))
+    code, out, err = await spdk_rpc("--batch-mode", stdin=commands.encode())
+    assert code == 0, err + out
+    assert [disk["name"] for disk in await ok(spdk_rpc, "bdev_get_bdevs")] == [f"n{number}" for number in range(20)]
+
+
+async def test_spdk_cli_makes_lists_and_deletes_bdevs(client: Any, server: Any, socket_path: str, stack: Any) -> None:
+    async def cli(*words: str) -> str:
+        code, out, err = await client(tool("spdk-cli"), "-s", socket_path, *words)
+        if code != 0 and "configshell" in err:
+            missing("spdk-cli", "it needs configshell-fb")
+        assert (code, "Traceback" in out + err) == (0, False), err
+        return str(out)
+
+    assert (await cli("/bdevs/malloc", "create", "16", "512", "m1")).strip() == "m1"
+    assert (await cli("/bdevs/null", "create", "n1", "16", "512")).strip() == "n1"
+    tree = await cli("ls", "/")
+    assert "m1 " in tree
+    assert "Size=16.0M, Not claimed" in tree
+    await cli("/bdevs/malloc", "delete", "m1")
+    assert [info.name for info in stack.bdevs.infos()] == ["n1"]
