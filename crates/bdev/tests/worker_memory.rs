@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use qpair_bdev::Op;
-use qpair_bdev::python::{EngineEnd, Lie, Work, WorkerEnd, control_bytes};
+use qpair_bdev::python::{EngineEnd, Lie, Stage, Work, WorkerEnd, control_bytes};
 use qpair_memory::{Mapping, Region};
 
 const STRIDE: u64 = 4096;
@@ -15,7 +15,7 @@ fn memory(depth: u32) -> Arc<Mapping> {
 
 fn work(slot: u32, op: Op, offset_blocks: u64, num_blocks: u64) -> Work {
     let buffer = matches!(op, Op::Read | Op::Write).then_some((u64::from(slot) * STRIDE, num_blocks * 512));
-    Work { slot, op, offset_blocks, num_blocks, buffer }
+    Work { slot, op, offset_blocks, num_blocks, buffer, stage: Stage::Whole }
 }
 
 proptest! {

@@ -30,6 +30,7 @@ pub enum News {
     Session { session: u64, kind: &'static str, queue: Option<u16>, reason: String },
     Log(Line),
     PythonBdev { ring: u64 },
+    PythonWorkerDown { link: u64, number: u64, reason: String },
 }
 
 #[derive(Default)]
@@ -83,6 +84,7 @@ impl Outbox {
             Notice::Removing(name) => ("removing", name),
             Notice::Removed(name) => ("removed", name),
             Notice::Resized(name) => ("resized", name),
+            Notice::Throttled { name, .. } => ("throttled", name),
         };
         self.push(News::Bdev { kind, name: name.clone() });
     }
@@ -279,6 +281,14 @@ pub struct PythonBdevWork {
     ring: u64,
 }
 
+/// The engine severed a worker process: end it.
+#[pyclass(frozen, get_all, module = "qpair._engine")]
+pub struct PythonWorkerDown {
+    link: u64,
+    number: u64,
+    reason: String,
+}
+
 impl News {
     pub fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         Ok(match self {
@@ -294,6 +304,7 @@ impl News {
                 };
                 Py::new(py, LogEvent { level, component, message, suppressed })?.into_any()
             }
+            Self::PythonWorkerDown { link, number, reason } => Py::new(py, PythonWorkerDown { link, number, reason })?.into_any(),
             Self::PythonBdev { ring } => Py::new(py, PythonBdevWork { ring })?.into_any(),
         })
     }

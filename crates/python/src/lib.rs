@@ -24,8 +24,10 @@ mod events;
 mod io;
 mod perf;
 mod pyring;
+mod pyworker;
 mod values;
 mod vbdev;
+mod vbdev_modules;
 mod vhost;
 mod virtio;
 
@@ -40,11 +42,15 @@ mod _engine {
     #[pymodule_export]
     use super::engine::Engine;
     #[pymodule_export]
-    use super::events::{BdevEvent, LogEvent, PythonBdevWork, Reply, SessionEvent};
+    use super::events::{BdevEvent, LogEvent, PythonBdevWork, PythonWorkerDown, Reply, SessionEvent};
     #[pymodule_export]
     use super::pyring::PythonBdevRing;
     #[pymodule_export]
+    use super::pyworker::{PythonWorker, PythonWorkerLink};
+    #[pymodule_export]
     use super::values::EngineError;
+    #[pymodule_export]
+    use super::vbdev_modules::{DelayControl, ErrorControl};
     #[pymodule_export]
     use super::virtio::VirtioMemory;
 
@@ -57,8 +63,13 @@ mod _engine {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         let py = module.py();
         let mut union = py.get_type::<Reply>().into_any();
-        for class in [py.get_type::<BdevEvent>(), py.get_type::<SessionEvent>(), py.get_type::<LogEvent>(), py.get_type::<PythonBdevWork>()]
-        {
+        for class in [
+            py.get_type::<BdevEvent>(),
+            py.get_type::<SessionEvent>(),
+            py.get_type::<LogEvent>(),
+            py.get_type::<PythonBdevWork>(),
+            py.get_type::<PythonWorkerDown>(),
+        ] {
             union = union.bitor(class)?;
         }
         module.add("Event", union)

@@ -42,6 +42,7 @@ class Bridge:
         self._bdev: list[Callable[[BdevEvent], None]] = []
         self._session: list[Callable[[SessionEvent], None]] = []
         self._work: dict[int, Callable[[], None]] = {}
+        self._workers: dict[int, Callable[[int, str], None]] = {}
         self._closed = False
         # By name, so that importing this module does not load the compiled engine.
         self._handlers: dict[str, Callable[[Any], None]] = {
@@ -50,6 +51,7 @@ class Bridge:
             "SessionEvent": self._on_session,
             "LogEvent": self._on_log,
             "PythonBdevWork": self._on_work,
+            "PythonWorkerDown": self._on_worker_down,
         }
 
     def start(self) -> None:
@@ -100,6 +102,11 @@ class Bridge:
         self._work[ring] = callback
         return lambda: self._work.pop(ring, None) and None
 
+    def subscribe_worker(self, link: int, callback: Callable[[int, str], None]) -> Callable[[], None]:
+        """``callback(number, reason)`` on the loop when the engine severed a worker of that link. One callback a link."""
+        self._workers[link] = callback
+        return lambda: self._workers.pop(link, None) and None
+
     def drain(self) -> int:
         """Hand out one batch of events now; the number of them."""
         events = self.engine.events(_EVENTS_PER_TURN)
@@ -146,6 +153,10 @@ class Bridge:
     def _on_work(self, event: Any) -> None:
         if (callback := self._work.get(event.ring)) is not None:
             callback()
+
+    def _on_worker_down(self, event: Any) -> None:
+        if (callback := self._workers.get(event.link)) is not None:
+            callback(event.number, event.reason)
 
     def _on_log(self, event: LogEvent) -> None:
         target = logging.getLogger(f"qpair.{event.component}")

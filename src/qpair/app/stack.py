@@ -316,9 +316,10 @@ class Stack:
         """A bdev on a file or block device. ``size`` creates the file, or grows it, first."""
         return await self.bdevs.create_file(name, path, size=size, block_size=block_size, readonly=readonly, uuid=uuid)
 
-    async def add(self, bdev: Bdev) -> BdevHandle:
-        """Put a bdev written in Python (`qpair.Bdev`) on the stack."""
-        return await self.bdevs.add_python(bdev)
+    async def add(self, /, bdev: Bdev | type[Bdev], *, process: bool = False, **options: Any) -> BdevHandle:
+        """Put a bdev written in Python on the stack: a `qpair.Bdev` object, or with ``process=True`` its class, made with ``options`` in a process of its own
+        (``await stack.add(Ram, process=True, name="ram0", timeout_ms=5000)``; the options of `qpair.bdev.worker.Policy` are the worker's)."""
+        return await self.bdevs.add_python(bdev, process=process, **options)
 
     async def delete(self, bdev: str | BdevHandle, *, deadline_ms: int = 10_000) -> None:
         """Stop new I/O, drain or abort what is in flight, remove."""

@@ -12,7 +12,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from errno import ENODEV
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from uuid import uuid4
 
 import msgspec
@@ -29,7 +29,7 @@ from qpair.errors import InvalidArgument, NoSuchBdev, NoSuchDevice, from_engine,
 if TYPE_CHECKING:
     from qpair._engine import BdevEvent
     from qpair.app.stack import Stack
-    from qpair.bdev.python import Bdev, PythonBdevRunner
+    from qpair.bdev.python import Bdev
 
 __all__ = ["BdevSubsystem", "new_uuid"]
 
@@ -66,6 +66,16 @@ class SimpleModule:
         ]
 
 
+class Server(Protocol):
+    """What does a bdev's I/O in Python."""
+
+    def close(self) -> None:
+        """The bdev is gone: end soon."""
+
+    async def finish(self) -> None:
+        """As `close`, and wait for the end."""
+
+
 class BdevSubsystem(Subsystem):
     """``stack.bdevs``."""
 
@@ -78,7 +88,7 @@ class BdevSubsystem(Subsystem):
         self.records: dict[str, Record] = {}
         self.events = EventBus()
         self._lowest: dict[str, int] = {}
-        self._python: dict[str, PythonBdevRunner] = {}
+        self._servers: dict[str, Server] = {}
         self._changed: set[asyncio.Future[None]] = set()
         self._modules: dict[str, BdevModule] = {}
         self.examiner = Examiner(self)
@@ -87,7 +97,6 @@ class BdevSubsystem(Subsystem):
             SimpleModule(self, "null", "Null disk"),
             SimpleModule(self, "aio", "AIO disk", shows="aio"),
             SimpleModule(self, "uring", "URING bdev", shows="uring"),
-            SimpleModule(self, "python", "Python disk"),
             *make_modules(self),
         ):
             self.register_module(module)
@@ -103,8 +112,8 @@ class BdevSubsystem(Subsystem):
     async def stop(self, stack: Stack, deadline_ms: int) -> None:
         """Python bdevs first (their requests need this loop); the engine takes the others with it when it stops."""
         await self.examiner.stop()
-        for name in tuple(self._python):
-            await self.delete(name, deadline_ms=deadline_ms)
+        # Half the time to drain, half for those who serve to end.
+        await asyncio.gather(*(self.delete(name, deadline_ms=deadline_ms // 2) for name in tuple(self._servers)), return_exceptions=True)
         self._unsubscribe()
         self.events.close()
 
@@ -124,8 +133,8 @@ class BdevSubsystem(Subsystem):
         if event.kind == "removed":
             self.records.pop(event.name, None)
             self._freed(event.name)
-            if (runner := self._python.pop(event.name, None)) is not None:
-                runner.close()
+            if (server := self._servers.pop(event.name, None)) is not None:
+                server.close()
         self.events.on_engine(event, self._size_bytes)
         for waiter in tuple(self._changed):
             if not waiter.done():
@@ -300,27 +309,24 @@ class BdevSubsystem(Subsystem):
             params["block_size"] = block_size
         return self.record(name, Record(f"bdev_{module}_create", params, shown))
 
-    async def add_python(self, bdev: Bdev) -> BdevHandle:
-        """Put a Python bdev on the stack and serve its requests on this loop."""
-        from qpair.bdev.python import PythonBdevRunner
+    async def add_python(self, bdev: Bdev | type[Bdev], *, process: bool = False, **options: Any) -> BdevHandle:
+        """Put a Python bdev on the stack: an object, served on this loop, or a class, made with ``options`` in a process of its own."""
+        from qpair.bdev.modules import python
 
-        _checked_name(bdev.name)
-        blocks = _blocks(bdev.name, bdev.size_bytes, None, bdev.block_size)
-        try:
-            ring = self.stack.engine.bdev_python_create(
-                bdev.name,
-                num_blocks=blocks,
-                block_size=bdev.block_size,
-                depth=bdev.depth,
-                max_io_bytes=bdev.max_io_bytes,
-                uuid=new_uuid(),
-                readonly=bdev.readonly,
-            )
-        except OSError as error:
-            raise from_engine(error) from error
-        bridge = self.stack.bridge
-        self._python[bdev.name] = PythonBdevRunner(bdev.name, ring, bdev, lambda wake: bridge.subscribe_work(ring.id, wake))
-        return BdevHandle(self.stack, bdev.name)
+        name = await (python.add_worker(self, bdev, options) if process else python.add(self, bdev, options))
+        return BdevHandle(self.stack, name)
+
+    def serve(self, name: str, server: Server) -> None:
+        """``server`` does the I/O of bdev ``name``: told when that goes."""
+        self._servers[name] = server
+
+    def server(self, name: str) -> Server | None:
+        """What `serve` was told."""
+        return self._servers.get(name)
+
+    def servers(self) -> list[Server]:
+        """All of them."""
+        return list(self._servers.values())
 
     def record(self, name: str, record: Record) -> BdevHandle:
         """Remember how ``name`` was made."""
@@ -358,10 +364,12 @@ class BdevSubsystem(Subsystem):
             return  # asked for, but its base never came
         info = self._of_kind(name, module)
         self.examiner.forget(info.name)
+        server = self._servers.get(info.name)
         await self.call("bdev_unregister", info.name, deadline_ms=deadline_ms)
         self.records.pop(info.name, None)
-        if (runner := self._python.pop(info.name, None)) is not None:
-            await runner.finish()
+        self._servers.pop(info.name, None)
+        if server is not None:
+            await server.finish()
 
     async def resize(self, name: str, size: int | str, *, module: str | None = None) -> None:
         """Grow or shrink to ``size`` bytes, a multiple of the block size."""

@@ -9,7 +9,7 @@ use qpair_memory::{Region, copy_list};
 use qpair_reactor::Reactor;
 use qpair_reactor::doorbell::Doorbell;
 
-use super::ring::{CANCELLED, GIVEN_UP, OUT, Port, QUEUED, Ring, Service, Work};
+use super::ring::{CANCELLED, GIVEN_UP, OUT, Port, QUEUED, Ring, Service, Stage, Work};
 use crate::{BdevError, Channel, ChannelId, IoFlags, IoId, Layer, Op, Status};
 
 /// What a slot of the ring is used for by this channel.
@@ -33,20 +33,26 @@ pub(super) struct PythonChannel {
     pushed: bool,
 }
 
+/// A channel's place on the ring.
+pub(super) fn open_port(ring: &Ring, reactor: &Reactor, layer: &Layer, id: ChannelId) -> Result<Arc<Port>, BdevError> {
+    let poller = layer.poller(id).ok_or_else(|| BdevError::Unsupported("a channel without a poller".to_owned()))?;
+    let port = Arc::new(Port {
+        number: ring.next_port(),
+        handle: reactor.handle(),
+        poller,
+        returned: ArrayQueue::new(ring.depth() as usize),
+        doorbell: Doorbell::default(),
+        starving: AtomicBool::new(false),
+        gone: AtomicBool::new(false),
+    });
+    ring.add_port(port.clone());
+    Ok(port)
+}
+
 impl PythonChannel {
     pub(super) fn new(ring: Arc<Ring>, block_size: u32, reactor: &mut Reactor, layer: &Layer, id: ChannelId) -> Result<Self, BdevError> {
-        let poller = layer.poller(id).ok_or_else(|| BdevError::Unsupported("a channel without a poller".to_owned()))?;
         let depth = ring.depth() as usize;
-        let port = Arc::new(Port {
-            number: ring.next_port(),
-            handle: reactor.handle(),
-            poller,
-            returned: ArrayQueue::new(depth),
-            doorbell: Doorbell::default(),
-            starving: AtomicBool::new(false),
-            gone: AtomicBool::new(false),
-        });
-        ring.add_port(port.clone());
+        let port = open_port(&ring, reactor, layer, id)?;
         Ok(Self {
             memory: Region::new(ring.mapping().clone()),
             port,
@@ -92,7 +98,7 @@ impl PythonChannel {
         }
         let buffer = matches!(io.op, Op::Read | Op::Write).then(|| (self.buffer(slot), bytes));
         let (offset_blocks, num_blocks) = if io.op == Op::Flush { (0, 0) } else { (io.lba, io.blocks) };
-        let work = Work { slot, op: io.op, offset_blocks, num_blocks, buffer };
+        let work = Work { slot, op: io.op, offset_blocks, num_blocks, buffer, stage: Stage::Whole };
         self.slot_of[id.slot()] = Some(slot);
         self.queue(work, Use { io: id, flushing: false });
         true
@@ -137,7 +143,7 @@ impl PythonChannel {
         }
         let changes = matches!(io.op, Op::Write | Op::Unmap | Op::WriteZeroes);
         if errno == 0 && changes && io.flags.contains(IoFlags::FUA) && !used.flushing {
-            let work = Work { slot, op: Op::Flush, offset_blocks: 0, num_blocks: 0, buffer: None };
+            let work = Work { slot, op: Op::Flush, offset_blocks: 0, num_blocks: 0, buffer: None, stage: Stage::Whole };
             return self.queue(work, Use { flushing: true, ..used });
         }
         self.slot_of[used.io.slot()] = None;

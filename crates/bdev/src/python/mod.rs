@@ -26,6 +26,7 @@
 //! Limits: [`DEPTH_MAX`] slots, [`BYTES_MAX`] bytes of bounce buffers in all; memory is used as it is touched.
 
 mod channel;
+mod filter;
 mod link;
 mod ring;
 mod shared;
@@ -40,8 +41,9 @@ use std::sync::Arc;
 use qpair_reactor::Reactor;
 use uuid::Uuid;
 
+pub use self::filter::{ANSWERED, FilterBdev, Interest};
 pub use self::link::{Down, Link, LinkConfig, OnDown};
-pub use self::ring::{NotWithPython, Ring, Service, Work};
+pub use self::ring::{NotWithPython, Ring, Service, Stage, Work};
 pub use self::shared::{Claim, ERRNO_MAX, EngineEnd, Lie, WorkerEnd, control_bytes};
 use crate::{BdevError, Channel, ChannelId, Device, Info, Layer, Op, OpSet};
 
@@ -49,6 +51,18 @@ use crate::{BdevError, Channel, ChannelId, Device, Info, Layer, Op, OpSet};
 pub const DEPTH_MAX: u32 = 4096;
 /// Most bytes that the bounce buffers of one device take.
 pub const BYTES_MAX: u64 = 1 << 30;
+
+/// Refuses a ring that makes no sense.
+fn check_ring(block_size: u32, depth: u32, max_io_bytes: u32) -> Result<(), BdevError> {
+    if depth == 0 || depth > DEPTH_MAX {
+        return Err(BdevError::invalid("depth", depth, format!("1 to {DEPTH_MAX}")));
+    }
+    let limit = BYTES_MAX / u64::from(depth);
+    if max_io_bytes == 0 || !max_io_bytes.is_multiple_of(block_size) || u64::from(max_io_bytes).next_multiple_of(4096) > limit {
+        return Err(BdevError::invalid("max_io_bytes", max_io_bytes, format!("a multiple of block_size {block_size}, at most {limit}")));
+    }
+    Ok(())
+}
 
 /// See the module's doc.
 pub struct PythonBdev {
@@ -71,17 +85,7 @@ impl PythonBdev {
     ) -> Result<(Arc<Self>, Arc<Ring>), BdevError> {
         let mut info = Info::new(name, "python", block_size, num_blocks);
         info.check()?;
-        if depth == 0 || depth > DEPTH_MAX {
-            return Err(BdevError::invalid("depth", depth, format!("1 to {DEPTH_MAX}")));
-        }
-        let limit = BYTES_MAX / u64::from(depth);
-        if max_io_bytes == 0 || !max_io_bytes.is_multiple_of(block_size) || u64::from(max_io_bytes).next_multiple_of(4096) > limit {
-            return Err(BdevError::invalid(
-                "max_io_bytes",
-                max_io_bytes,
-                format!("a multiple of block_size {block_size}, at most {limit}"),
-            ));
-        }
+        check_ring(block_size, depth, max_io_bytes)?;
         info.uuid = uuid.unwrap_or(info.uuid);
         info.readonly = readonly;
         info.supported = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::Reset]);

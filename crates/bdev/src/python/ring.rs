@@ -59,6 +59,19 @@ pub struct Work {
     /// Offset and length in bytes of its bounce buffer in [`Ring::mapping`]; for read and write. The consumer's until it
     /// completes the slot.
     pub buffer: Option<(u64, u64)>,
+    /// Where on its way it is shown.
+    pub stage: Stage,
+}
+
+/// Where on its way a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The consumer does it.
+    Whole,
+    /// A filter's, before the base has it.
+    Before,
+    /// A filter's, after; how the base ended it, as an errno.
+    After(i32),
 }
 
 /// A slot that is not the consumer's to complete: never fetched, or completed already.
@@ -343,6 +356,11 @@ impl Ring {
                 self.starving.fetch_sub(1, Ordering::SeqCst);
             }
         }
+    }
+
+    /// Whether a taken slot is queued for or with the consumer.
+    pub(super) fn is_shown(&self, slot: u32) -> bool {
+        matches!(self.slots[slot as usize].state.load(Ordering::Acquire), QUEUED | OUT)
     }
 
     /// Queues a request in a slot of the port's.

@@ -17,7 +17,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use qpair_memory::{Mapping, MemoryError, Region, Shared, SharedIndex};
 
-use super::ring::Work;
+use super::ring::{Stage, Work};
 use crate::Op;
 
 /// Largest errno that a worker may answer with.
@@ -248,7 +248,7 @@ impl WorkerEnd {
             *generation = (name >> 32) as u32;
             let bytes = num_blocks.saturating_mul(u64::from(self.block_size)).min(self.stride);
             let buffer = matches!(op, Op::Read | Op::Write).then(|| (u64::from(slot) * self.stride, bytes));
-            out.push(Work { slot, op, offset_blocks, num_blocks, buffer });
+            out.push(Work { slot, op, offset_blocks, num_blocks, buffer, stage: Stage::Whole });
         }
     }
 

@@ -26,6 +26,8 @@ pub struct Allowed {
     pub churn: bool,
     /// Compares, copies and borrows too.
     pub composed: bool,
+    /// Content changes by plain writes alone, and blocks are written before they are read.
+    pub writes_only: bool,
     /// The device answers anything, with any data.
     pub rubbish: bool,
 }
@@ -95,7 +97,11 @@ impl Client {
         let bytes = 2 * cells.len() as u64 * CELL_BLOCKS * u64::from(info.block_size);
         let mapping = Mapping::anonymous(bytes as usize, Pages::Normal).unwrap();
         let weak = Arc::downgrade(&mapping);
-        let cell = |number: &u64| Cell { number: *number, busy: false, blocks: vec![Content::Filled(0); CELL_BLOCKS as usize] };
+        let cell = |number: &u64| Cell {
+            number: *number,
+            busy: false,
+            blocks: vec![if allowed.writes_only { Content::Unknown } else { Content::Filled(0) }; CELL_BLOCKS as usize],
+        };
         let (registry, info, cells) = (registry.clone(), info.clone(), cells.iter().map(cell).collect());
         world.with(reactor, move |reactor| {
             let layer = Layer::install(reactor, 96);
@@ -142,7 +148,8 @@ impl Client {
         }
         let rng = &mut self.rng;
         let cell = *rng.pick(&free);
-        let op = match rng.below(if self.allowed.resets { 41 } else { 40 }) {
+        let kinds = if self.allowed.writes_only { 32 } else { 40 + u64::from(self.allowed.resets) };
+        let op = match rng.below(kinds) {
             0..16 => Op::Read,
             16..32 => Op::Write,
             32..35 => Op::WriteZeroes,

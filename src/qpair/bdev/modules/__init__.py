@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MODULES", "load_rpc", "make_modules"]
 
-MODULES: tuple[str, ...] = ("passthru",)
+MODULES: tuple[str, ...] = (
+    "python",
+    "passthru",
+)
 
 
 def make_modules(room: BdevSubsystem) -> list[BdevModule]:

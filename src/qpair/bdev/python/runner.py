@@ -40,7 +40,7 @@ class PythonBdevRunner:
     def __init__(self, name: str, ring: Requests, target: Any, subscribe: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
         self.name = name
         self._ring = ring
-        self._target = target
+        self.target = target
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -65,7 +65,7 @@ class PythonBdevRunner:
 
     def _serve(self, op: str, requests: tuple[Request, ...]) -> None:
         try:
-            answer = getattr(self._target, op)(requests)
+            answer = getattr(self.target, op)(requests)
         except Exception as error:
             self._finish(requests, self._errno(op, error))
             return
@@ -114,7 +114,7 @@ class PythonBdevRunner:
         self.close()
         if self._tasks:
             await asyncio.wait(tuple(self._tasks), timeout=CLOSE_SECONDS)
-        close = getattr(self._target, "close", None)
+        close = getattr(self.target, "close", None)
         if close is not None:
             try:
                 if inspect.isawaitable(answer := close()):
