@@ -1,0 +1,141 @@
+//! How a leg leaves a mirror: dropped on every reactor, then recorded out on stable media, then writes that miss it are acknowledged.
+//!
+//! The argument stands in `mirror.rs`. Here is its order: [`Array::leave`] publishes a view without the leg (nobody reads from it or writes to it any
+//! more), has all that serve write the next superblock, and publishes that the leg is recorded. A leg that cannot write its superblock
+//! leaves too, in the same way, unless it is the last. If the last cannot write it, after a few attempts what waits for the record fails; the
+//! leg stays dropped, and the next write asks for the record again.
+
+use std::sync::Arc;
+
+use qpair_bdev::Hold;
+use qpair_reactor::log::{self, Level as Severity};
+use qpair_wire::raid_superblock::{Base, BaseState};
+use zerocopy::little_endian::U32;
+
+use crate::array::{Array, lock};
+use crate::mask::Mask;
+use crate::worker::Worker;
+
+/// How often the last leg's superblock is tried.
+const ATTEMPTS: usize = 3;
+/// Between those.
+const PAUSE_NS: u64 = 50_000_000;
+
+impl Array {
+    /// Drops what was reported, until nothing more is.
+    pub(crate) async fn reconcile(self: Arc<Self>, worker: &Worker) {
+        loop {
+            let out = {
+                let mut state = lock(&self.state);
+                let out = std::mem::take(&mut state.reported);
+                if out.is_empty() {
+                    state.reconciling = false;
+                    return;
+                }
+                out
+            };
+            self.leave(worker, out, BaseState::FAILED, None).await;
+        }
+    }
+
+    /// Has members leave; which of them cannot. `hold` is dropped when no channel uses them any more.
+    pub(crate) async fn leave(self: &Arc<Self>, worker: &Worker, out: Mask, why: BaseState, hold: Option<Arc<Hold>>) -> Mask {
+        let _turn = self.turn.take(worker).await;
+        self.leave_now(worker, out, why, hold).await
+    }
+
+    /// As [`leave`](Self::leave), for who has the turn.
+    pub(crate) async fn leave_now(self: &Arc<Self>, worker: &Worker, out: Mask, why: BaseState, hold: Option<Arc<Hold>>) -> Mask {
+        let view = self.view();
+        let (mut stay, mut go, mut refused) = (view.serving, Mask::EMPTY, Mask::EMPTY);
+        for slot in out.slots() {
+            let this = Mask::of(slot);
+            if !view.serving.has(slot) {
+                // The target of a rebuild, or one that could not be recorded.
+                go = go | this;
+            } else if stay.minus(this).is_empty() {
+                refused = refused | this;
+            } else {
+                (stay, go) = (stay.minus(this), go | this);
+            }
+        }
+        if !(go & view.writing).is_empty() {
+            self.drop_members(worker, go & view.writing, why).await;
+        }
+        drop(hold);
+        let unrecorded = go.minus(view.recorded);
+        if !unrecorded.is_empty() {
+            refused = refused | self.record(worker, unrecorded, why).await;
+        }
+        if !refused.is_empty() {
+            self.publish(worker, |view| view.refused = (view.refused.0 + 1, refused)).await;
+        }
+        refused
+    }
+
+    async fn drop_members(self: &Arc<Self>, worker: &Worker, go: Mask, why: BaseState) {
+        let drop_them = |view: &mut crate::view::View| {
+            (view.serving, view.writing) = (view.serving.minus(go), view.writing.minus(go));
+            go.slots().for_each(|slot| view.members[slot] = None);
+        };
+        self.publish(worker, drop_them).await;
+        {
+            let mut state = lock(&self.state);
+            for slot in go.slots() {
+                let name = state.slots[slot].name.as_deref().unwrap_or("").to_owned();
+                let how = if why == BaseState::FAILED { "failed" } else { "was removed" };
+                log::say(Severity::Warning, "raid", format_args!("{}: base bdev {name} in slot {slot} {how}", self.name));
+                state.slots[slot].clear();
+            }
+        }
+        self.tell_bases();
+    }
+
+    /// Has all that serve say that these are out; which could not be recorded.
+    async fn record(self: &Arc<Self>, worker: &Worker, out: Mask, why: BaseState) -> Mask {
+        let mut out = out;
+        let mut attempts = 0;
+        while self.superblock {
+            self.mark(out, why);
+            let serving = self.view().serving;
+            let failed = self.write_superblocks(worker, serving, None).await;
+            if failed.is_empty() {
+                break;
+            }
+            let some = if serving.minus(failed).is_empty() { Mask::EMPTY } else { failed };
+            if some.is_empty() {
+                attempts += 1;
+                if attempts == ATTEMPTS {
+                    return out;
+                }
+                worker.sleep(PAUSE_NS).await;
+                continue;
+            }
+            self.drop_members(worker, some, BaseState::FAILED).await;
+            out = out | some;
+        }
+        self.publish(worker, |view| view.recorded = view.recorded | out).await;
+        Mask::EMPTY
+    }
+
+    fn mark(&self, out: Mask, why: BaseState) {
+        let mut state = lock(&self.state);
+        for slot in out.slots() {
+            if let Some(entry) = &mut state.slots[slot].entry
+                && entry.state() == BaseState::CONFIGURED
+            {
+                *entry = Base { state: U32::new(why.0), ..*entry };
+            }
+        }
+    }
+
+    /// Something else that superblocks tell has changed.
+    pub(crate) async fn write_anew(self: Arc<Self>, worker: &Worker) {
+        let _turn = self.turn.take(worker).await;
+        let serving = self.view().serving;
+        let failed = self.write_superblocks(worker, serving, None).await;
+        if !failed.is_empty() && self.level == qpair_wire::raid_superblock::Level::RAID1 {
+            self.leave_now(worker, failed, BaseState::FAILED, None).await;
+        }
+    }
+}
