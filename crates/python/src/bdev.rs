@@ -239,23 +239,25 @@ impl Engine {
             _ => None,
         };
         let (answer, token) = (draft.number(), draft.commit());
-        let request = Request { number, descriptor, op, lba, source_lba, blocks, bounce, token };
+        let request = Request { number, descriptor, op, lba, source_lba, action: 0, blocks, bounce, token };
         core.home().call(move |reactor| io::start(reactor, request));
         Ok(answer)
     }
 }
 
-fn not_open(number: u64) -> Failure {
+pub fn not_open(number: u64) -> Failure {
     Failure::new(libc::EBADF, format!("descriptor {number} is not open"))
 }
 
 fn parse_op(name: &str) -> Result<Op, Failure> {
     let found = OPS.iter().find(|(known, _)| *known == name);
-    found.map(|(_, op)| *op).ok_or_else(|| Failure::invalid("op", name, "read, write, flush, unmap, write_zeroes, reset, compare, compare_and_write or copy"))
+    found
+        .map(|(_, op)| *op)
+        .ok_or_else(|| Failure::invalid("op", name, "read, write, flush, unmap, write_zeroes, reset, compare, compare_and_write or copy"))
 }
 
 /// Refused here for its text; the layer checks again, against the snapshot of its reactor.
-fn check_range(info: &Info, lba: u64, blocks: u64) -> Result<(), Failure> {
+pub fn check_range(info: &Info, lba: u64, blocks: u64) -> Result<(), Failure> {
     if blocks == 0 {
         return Err(Failure::invalid("num_blocks", 0, "at least 1"));
     }
@@ -275,7 +277,7 @@ fn bounce(info: &Info, blocks: u64) -> Result<(Arc<Mapping>, u32), Failure> {
     Ok((Mapping::anonymous(bytes as usize, Pages::Normal)?, bytes as u32))
 }
 
-fn filled_bounce(info: &Info, blocks: u64, data: Option<&Bound<'_, PyAny>>) -> PyResult<(Arc<Mapping>, u32)> {
+pub fn filled_bounce(info: &Info, blocks: u64, data: Option<&Bound<'_, PyAny>>) -> PyResult<(Arc<Mapping>, u32)> {
     let Some(data) = data else { return Err(Failure::invalid("data", "None", "a write needs a buffer").into()) };
     let (mapping, length) = bounce(info, blocks)?;
     // Any item format: what is written is the bytes. Refused by memoryview if they do not lie in one piece.
@@ -313,6 +315,7 @@ fn info_dict<'py>(py: Python<'py>, info: &Info) -> PyResult<Bound<'py, PyDict>> 
     dict.set_item("max_segments", info.max_segments)?;
     dict.set_item("readonly", info.readonly)?;
     dict.set_item("write_cache", info.write_cache)?;
+    dict.set_item("zoned", zoned_dict(py, info)?)?;
     dict.set_item("path", &info.path)?;
     dict.set_item("bases", &info.bases)?;
     dict.set_item("version", info.version)?;
@@ -323,6 +326,18 @@ fn info_dict<'py>(py: Python<'py>, info: &Info) -> PyResult<Bound<'py, PyDict>> 
     supported.set_item("abort", true)?;
     dict.set_item("supported", supported)?;
     Ok(dict)
+}
+
+fn zoned_dict<'py>(py: Python<'py>, info: &Info) -> PyResult<Option<Bound<'py, PyDict>>> {
+    let Some(zoned) = &info.zoned else { return Ok(None) };
+    let dict = PyDict::new(py);
+    dict.set_item("zone_size", zoned.zone_blocks)?;
+    dict.set_item("zone_capacity", zoned.capacity_blocks)?;
+    dict.set_item("max_open_zones", zoned.max_open_zones)?;
+    dict.set_item("max_active_zones", zoned.max_active_zones)?;
+    dict.set_item("optimal_open_zones", zoned.optimal_open_zones)?;
+    dict.set_item("max_append_blocks", zoned.max_append_blocks)?;
+    Ok(Some(dict))
 }
 
 /// What a user of the bdev can have: also what the layer does in the device's place.

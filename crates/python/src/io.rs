@@ -32,6 +32,8 @@ pub struct Request {
     pub lba: u64,
     /// Of a copy.
     pub source_lba: u64,
+    /// Of zone management.
+    pub action: u8,
     pub blocks: u64,
     /// For what has data.
     pub bounce: Option<(Arc<Mapping>, u32)>,
@@ -147,6 +149,9 @@ impl FrontEnd {
         self.tags += 1;
         let io = layer.io_mut(id);
         (io.op, io.lba, io.blocks, io.source_lba) = (request.op, request.lba, request.blocks, request.source_lba);
+        if request.op == Op::ZoneManagement {
+            io.command[0] = request.action;
+        }
         if let Some((mapping, length)) = &request.bounce {
             io.list.push(Sge { region: Region::new(mapping.clone()), offset: 0, length: *length });
         }
@@ -156,13 +161,17 @@ impl FrontEnd {
         layer.submit(reactor, channel, &[id]);
     }
 
-    fn finish(&mut self, tag: u64, status: Status) {
+    fn finish(&mut self, tag: u64, status: Status, result: u64) {
         let Some(Pending { op, bounce, token, .. }) = self.pending.remove(&tag) else { return };
         if status.is_error() {
             return token.answer(Err(status));
         }
         let value = match bounce {
-            Some((memory, length)) if op == Op::Read => Value::Read(ReadData { memory, length: length as usize }),
+            _ if op == Op::ZoneAppend => Value::Integer(result),
+            // A report is the only zone management with data.
+            Some((memory, length)) if op == Op::Read || op == Op::ZoneManagement => {
+                Value::Read(ReadData { memory, length: length as usize })
+            }
             _ => Value::Nothing,
         };
         token.answer(Ok::<_, Failure>(value));
@@ -203,9 +212,9 @@ impl Poller for FrontEndPoller {
         let count = reaped.len();
         for id in reaped.drain(..) {
             let frame = layer.retrieve(id);
-            let status = layer.io(id).status;
+            let (status, result) = (layer.io(id).status, layer.io(id).result);
             layer.give_back(id);
-            this.finish(frame.tag, status);
+            this.finish(frame.tag, status, result);
         }
         this.reaped = reaped;
         if !this.waiting.is_empty() {
