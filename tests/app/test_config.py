@@ -21,7 +21,7 @@ load_rpc()
 SAVED_BY_SPDK = """{
   "subsystems": [
     {"subsystem": "fsdev", "config": [{"method": "fsdev_set_opts", "params": {"fsdev_io_pool_size": 65535, "fsdev_io_cache_size": 256}}]},
-    {"subsystem": "keyring", "config": []},
+    {"subsystem": "keyring", "config": [{"method": "keyring_linux_set_options", "params": {"enable": false}}]},
     {"subsystem": "iobuf", "config": [{"method": "iobuf_set_options", "params": {"small_pool_count": 8192, "large_pool_count": 1024,
       "small_bufsize": 8192, "large_bufsize": 135168, "enable_numa": false}}]},
     {"subsystem": "sock", "config": [
@@ -29,7 +29,9 @@ SAVED_BY_SPDK = """{
       {"method": "sock_impl_set_options", "params": {"impl_name": "ssl", "recv_buf_size": 4096, "enable_zerocopy_send": true}},
       {"method": "sock_impl_set_options", "params": {"impl_name": "posix", "recv_buf_size": 2097152, "enable_ktls": false}}]},
     {"subsystem": "vmd", "config": []},
-    {"subsystem": "accel", "config": [{"method": "accel_set_options", "params": {"small_cache_size": 128, "task_count": 2048}}]},
+    {"subsystem": "accel", "config": [{"method": "accel_set_options", "params": {"small_cache_size": 128, "task_count": 2048}},
+      {"method": "dsa_scan_accel_module", "params": {"config_kernel_mode": true}},
+      {"method": "accel_assign_opc", "params": {"opname": "crc32c", "module": "dsa"}}]},
     {"subsystem": "bdev", "config": [
       {"method": "bdev_set_options", "params": {"bdev_io_pool_size": 65535, "bdev_io_cache_size": 256, "bdev_auto_examine": true}},
       {"method": "bdev_raid_set_options", "params": {"process_window_size_kb": 1024, "process_max_bandwidth_mb_sec": 0}},
