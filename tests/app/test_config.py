@@ -179,3 +179,31 @@ async def test_a_saved_file_is_private_and_whole(stack: Any, tmp_path: Path) -> 
     stack.save_config(path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert "bdev_null_create" in path.read_text()
+
+
+async def test_a_save_is_synced_before_it_takes_the_name_and_the_name_is_synced_too(
+    stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text("old")
+    steps: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        steps.append("sync " + ("folder" if name == str(tmp_path) else "file"))
+        assert name == str(tmp_path) or "bdev_null_create" in Path(name).read_text(), "all of it is there to be synced"
+        real_sync(descriptor)
+
+    def replace(source: str, target: str) -> None:
+        steps.append("rename")
+        assert Path(target).read_text() == "old", "until then, the old one"
+        real_replace(source, target)
+
+    await stack.null("n", "1MiB")
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    stack.save_config(path)
+    assert steps == ["sync file", "rename", "sync folder"]
+    assert json.loads(path.read_text())["subsystems"]
+    assert os.listdir(tmp_path) == ["c.json"]

@@ -44,6 +44,7 @@ async def test_iteration_ends_when_the_stack_stops_after_what_was_told(make_stac
         await asyncio.sleep(0)
     assert await asyncio.wait_for(never, 5) is None
     assert [event.kind async for event in reader] == ["appeared"]
+    assert [event async for event in stack.events()] == [], "nothing comes after the end"
 
 
 async def test_a_slow_reader_is_told_how_many_it_missed_and_reads_on_from_the_oldest_kept() -> None:
