@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import termios
@@ -107,6 +108,8 @@ class Terminal:
     def until(self, pattern: str) -> None:
         """Read until ``pattern`` was shown."""
         while re.search(pattern, self.shown) is None:
+            ready, _, _ = select.select([self._fd], [], [], 20)
+            assert ready, f"nothing more came, {pattern!r} is not in {self.shown!r}"
             self.shown += os.read(self._fd, 1 << 16).decode(errors="replace")
 
     def interrupt(self) -> None:

@@ -7,6 +7,7 @@ Help is click's plain kind: it fits 80 columns, keeps its examples as they are w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
@@ -289,6 +290,7 @@ def run(arguments: list[str]) -> int:
     """Run it; the exit code."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     as_json = "--json" in arguments
+    complete.join_colons(os.environ)
     try:
         result = app(arguments, prog_name="qpair", standalone_mode=False)
     except QpairError as error:
@@ -324,7 +326,5 @@ def _command_hints(command: str, known: list[str]) -> list[str]:
 
 def _reader_left() -> int:
     """``qpair ls | head``: nothing more to say, and nothing to be said at exit either."""
-    import os
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return FAILED

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,11 @@ from qpair.rpc.address import DEFAULT_ADDRESS
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-__all__ = ["RpcCommand", "ServeCommand", "bdevs", "files", "patterns", "sockets", "targets", "words"]
+__all__ = ["RpcCommand", "ServeCommand", "bdevs", "files", "join_colons", "patterns", "sockets", "targets", "words"]
 
 TIMEOUT_S = 0.3
+_trimmed = ""
+"""What bash has kept of the word, see `join_colons`."""
 SOCKET_PLACES = ("/var/tmp/*.sock", "/tmp/*.sock", "*.sock")
 
 
@@ -54,12 +56,36 @@ def bdevs(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 def targets(ctx: typer.Context, incomplete: str) -> list[str]:
     """Forms of a target; after ``bdev:`` the server's bdevs, after ``file:`` and ``vhost:`` paths."""
+    return [form.removeprefix(_trimmed) for form in _targets(ctx, incomplete)]
+
+
+def _targets(ctx: typer.Context, incomplete: str) -> list[str]:
     kind, separator, rest = incomplete.partition(":")
     if not separator:
         return [f"{form}:" for form in ("bdev", "file", "malloc", "null", "python", "vhost") if form.startswith(incomplete)]
     if kind == "bdev":
         return [f"bdev:{name}" for name, _ in _bdevs(ctx.params.get("address") or DEFAULT_ADDRESS) if name.startswith(rest)]
     return [f"{kind}:{path}" for path in files(rest)] if kind in ("file", "vhost") else []
+
+
+def join_colons(environ: MutableMapping[str, str]) -> None:
+    """bash takes a colon for the end of a word and wants what comes after it; here a target is one word. The words that it passes are put together again."""
+    global _trimmed
+    if environ.get("_QPAIR_COMPLETE") != "complete_bash":
+        return
+    given = environ.get("COMP_WORDS", "").split("\n")
+    at = int(environ.get("COMP_CWORD", "0"))
+    words: list[str] = []
+    for index, word in enumerate(given[: at + 1]):
+        glued = bool(words) and index and (word == ":" or given[index - 1] == ":")
+        if glued:
+            words[-1] += word
+        else:
+            words.append(word)
+    if len(words) <= at and ":" in words[-1]:
+        _trimmed = words[-1].rpartition(":")[0] + ":"
+    environ["COMP_WORDS"] = "\n".join(words)
+    environ["COMP_CWORD"] = str(len(words) - 1)
 
 
 def patterns(incomplete: str) -> list[str]:
