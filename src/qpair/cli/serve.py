@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--driver", choices=("auto", "io_uring", "epoll"), default="auto", help="I/O driver (default %(default)s)")
     add("--no-pin", action="store_true", help="do not bind reactors to their cores")
-    http = made.add_argument_group("JSON-RPC by HTTP POST with Basic authentication, as SPDK's proxy; off unless asked for").add_argument
+    http = made.add_argument_group("JSON-RPC by HTTP POST with Basic authentication (off unless asked for)").add_argument
     http("--rpc-http", metavar="HOST:PORT", help="answer there, too")
     http("--rpc-http-user", metavar="USER", help="who may")
     http(
