@@ -300,6 +300,9 @@ impl Raids {
             match outcome {
                 Ok(()) | Err(BdevError::NoSuchBdev(_)) => {}
                 Err(error) => {
+                    if spec.superblock && lock(&array.state).sequence != 0 {
+                        array.clear_superblocks(worker).await;
+                    }
                     drop(turn);
                     self.discard(&array);
                     return Err(error);
@@ -435,7 +438,7 @@ impl Raids {
         }
         let info = array.describe()?;
         if array.superblock {
-            let failed = array.write_superblocks(worker, array.view().serving, None).await;
+            let failed = array.write_superblocks(worker, array.view().serving).await;
             if !failed.is_empty() {
                 return Err(os(libc::EIO, format!("the superblock of raid bdev {} could not be written to slots {failed:?}", array.name)));
             }

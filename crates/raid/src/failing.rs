@@ -98,7 +98,7 @@ impl Array {
         while self.superblock {
             self.mark(out, why);
             let serving = self.view().serving;
-            let failed = self.write_superblocks(worker, serving, None).await;
+            let failed = self.write_superblocks(worker, serving).await;
             if failed.is_empty() {
                 break;
             }
@@ -133,7 +133,7 @@ impl Array {
     pub(crate) async fn write_anew(self: Arc<Self>, worker: &Worker) {
         let _turn = self.turn.take(worker).await;
         let serving = self.view().serving;
-        let failed = self.write_superblocks(worker, serving, None).await;
+        let failed = self.write_superblocks(worker, serving).await;
         if !failed.is_empty() && self.level == qpair_wire::raid_superblock::Level::RAID1 {
             self.leave_now(worker, failed, BaseState::FAILED, None).await;
         }

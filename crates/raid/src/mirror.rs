@@ -7,10 +7,12 @@
 //! **An acknowledged write is never lost, and never read stale.** A write is acknowledged when every slot either has it or is *recorded* out: all
 //! superblocks of the legs that serve say so on stable media ([`View::recorded`]). A leg that failed the write is therefore first dropped on
 //! every reactor (nobody reads from it any more), then recorded, and only then do the writes that wait for it go on (`failing.rs`). So
-//! whatever legs are there after a crash: those with the newest superblock have every acknowledged write. A leg with an older one says that all
-//! legs that it knows are current, so an array of such legs alone waits for the others, whose newer superblock then decides
-//! (`control.rs`). The target of a rebuild is recorded out until it has everything, and then, before its superblock says so, its failures count
-//! again on every reactor (`rebuild.rs`).
+//! whatever legs are there after a crash: those with the newest superblock have every acknowledged write. And it is the newest that is found, because *a
+//! leg is only left behind by legs that its own superblock calls current*: an array of stale legs alone waits for one of those, whose newer superblock
+//! then decides (`control.rs`). To drop a leg keeps to that by itself. To let one in, the superblocks of all that serve
+//! call it current before its own does; a leg that cannot write that leaves only if others of the old ones stay, else the new
+//! one goes (`rebuild.rs`). Until then the target of a rebuild is recorded out; before superblocks say otherwise it has
+//! everything, and its failures count on every reactor.
 //!
 //! A write that no leg has fails and drops no leg: the last one stays, and tells its errors as a plain disk would. So do errors that are the
 //! initiator's (memory that is gone, a list that no device takes): a hostile guest degrades nothing. Where such a write, or one that was aborted, left

@@ -3,7 +3,7 @@
 //! How it works. From its start on the target gets every write that the others get. The rebuild goes through the array window by window: it locks the
 //! window against writers on all reactors (reads go on), copies it from a leg that serves, and lets go. What was written before the target
 //! came is thereby copied, what is written later reaches it by itself; its failures end the rebuild. At the end it is flushed, its
-//! failures are made to count everywhere, the superblocks say that it is current (its own first), and it is read from.
+//! failures are made to count everywhere, the superblocks say that it is current (its own last), and it is read from.
 //!
 //! A rebuild that is interrupted starts anew when the leg is added again: until the end superblocks say that it is out.
 //!
@@ -116,24 +116,39 @@ impl Array {
         }
         // From here on no write is acknowledged without it; none that was has missed it.
         let missed = self.publish(worker, |view| view.recorded = view.recorded.minus(this)).await;
-        let mut failed = missed & this;
-        if failed.is_empty() && self.superblock {
-            {
-                let mut state = lock(&self.state);
-                let Some(uuid) = state.slots[slot].uuid else { return Err(Stop::Target) };
-                let (offset, size) = (U64::new(state.slots[slot].data_offset), U64::new(state.slots[slot].data_size));
-                let entry = Base { uuid: uuid.into_bytes(), data_offset: offset, data_size: size, slot: slot as u8, ..Base::default() };
-                state.slots[slot].entry = Some(Base { state: U32::new(BaseState::CONFIGURED.0), ..entry });
-            }
-            failed = self.write_superblocks(worker, self.view().serving | this, Some(slot)).await;
+        if missed.has(slot) || (self.superblock && !self.admit_on_media(worker, slot).await) {
+            self.leave_now(worker, this, BaseState::FAILED, None).await;
+            return Err(Stop::Target);
         }
-        if !failed.has(slot) {
-            self.publish(worker, |view| view.serving = view.serving | this).await;
+        self.publish(worker, |view| view.serving = view.serving | this).await;
+        Ok(())
+    }
+
+    /// Has the superblocks say that the target is current: those of all that serve before its own, so that none of them can be left behind by an array
+    /// that goes on with the target alone, and does not know it. False: the target stays out.
+    async fn admit_on_media(self: &Arc<Self>, worker: &Worker, slot: usize) -> bool {
+        let this = Mask::of(slot);
+        // First of all it says whose it is: when the others say that it is current, it must be found.
+        if !self.write_same(worker, this).await.is_empty() {
+            return false;
         }
+        {
+            let mut state = lock(&self.state);
+            let Some(uuid) = state.slots[slot].uuid else { return false };
+            let (offset, size) = (U64::new(state.slots[slot].data_offset), U64::new(state.slots[slot].data_size));
+            let entry = Base { uuid: uuid.into_bytes(), data_offset: offset, data_size: size, slot: slot as u8, ..Base::default() };
+            state.slots[slot].entry = Some(Base { state: U32::new(BaseState::CONFIGURED.0), ..entry });
+        }
+        let serving = self.view().serving;
+        let failed = self.write_superblocks(worker, serving).await;
         if !failed.is_empty() {
-            self.leave_now(worker, failed, BaseState::FAILED, None).await;
+            // Among themselves they may do without some, and then record that; not all of them for the target's sake.
+            let refused = serving.minus(failed).is_empty() || !self.leave_now(worker, failed, BaseState::FAILED, None).await.is_empty();
+            if refused {
+                return false;
+            }
         }
-        if failed.has(slot) { Err(Stop::Target) } else { Ok(()) }
+        self.write_same(worker, this).await.is_empty()
     }
 
     async fn lock_range(&self, worker: &Worker, lba: u64, blocks: u64) -> Option<RangeLock> {

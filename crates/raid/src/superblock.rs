@@ -82,10 +82,9 @@ async fn store(worker: &Worker, base: &Arc<Descriptor>, region: &Region) -> Resu
 }
 
 impl Array {
-    /// The superblock with the next sequence number, padded to whole write units.
-    fn next_superblock(&self) -> Result<Region, BdevError> {
-        let mut state = lock(&self.state);
-        state.sequence += 1;
+    /// The superblock, padded to whole write units.
+    fn superblock_now(&self) -> Result<Region, BdevError> {
+        let state = lock(&self.state);
         let mut header = Header { uuid: self.uuid.into_bytes(), num_base_bdevs: self.slots as u8, ..Header::default() };
         let name = self.name.as_bytes();
         header.name[..name.len()].copy_from_slice(name);
@@ -108,9 +107,15 @@ impl Array {
         Ok(region)
     }
 
-    /// Writes the next superblock to those members, `first` before the others; which of them failed.
-    pub(crate) async fn write_superblocks(&self, worker: &Worker, to: Mask, first: Option<usize>) -> Mask {
-        let region = match self.next_superblock() {
+    /// Writes a superblock with the next sequence number to those members; which of them failed.
+    pub(crate) async fn write_superblocks(&self, worker: &Worker, to: Mask) -> Mask {
+        lock(&self.state).sequence += 1;
+        self.write_same(worker, to).await
+    }
+
+    /// As [`write_superblocks`](Self::write_superblocks), to members that are to have what the others have.
+    pub(crate) async fn write_same(&self, worker: &Worker, to: Mask) -> Mask {
+        let region = match self.superblock_now() {
             Ok(region) => region,
             Err(error) => {
                 log::say(Severity::Error, "raid", format_args!("{}: {error}", self.name));
@@ -118,7 +123,7 @@ impl Array {
             }
         };
         let mut failed = Mask::EMPTY;
-        for slot in first.into_iter().chain(to.slots().filter(|slot| Some(*slot) != first)) {
+        for slot in to.slots() {
             let member = lock(&self.state).slots[slot].member.clone();
             let outcome = match &member {
                 Some(member) => store(worker, member, &region).await,

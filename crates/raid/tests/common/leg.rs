@@ -24,9 +24,7 @@ pub struct Disk {
     pub hangs: AtomicBool,
     pub reads: AtomicU64,
     pub writes: AtomicU64,
-    /// Ranges outside of the superblock that were written, for tests that look at what was copied.
     pub blocks: AtomicU64,
-    pub broken: Mutex<Vec<String>>,
     torn: Mutex<Rng>,
 }
 
@@ -47,7 +45,6 @@ impl Disk {
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
             blocks: AtomicU64::new(blocks),
-            broken: Mutex::default(),
             torn: Mutex::new(rng),
         })
     }
@@ -56,11 +53,10 @@ impl Disk {
         Arc::new(Leg(self.clone()))
     }
 
-    /// Healthy again.
+    /// Healthy again. What hangs does so until it is asked to end.
     pub fn heal(&self) {
         self.read_errors.store(0, Ordering::SeqCst);
         self.write_errors.store(0, Ordering::SeqCst);
-        self.hangs.store(false, Ordering::SeqCst);
     }
 
     /// The power goes: each block of the cache is kept or lost by itself.
