@@ -305,7 +305,7 @@ class Engine:
     def bdev_info(self, name: str | None = None) -> list[dict[str, Any]]:
         return [disk.info() for disk in ([self._disk(name)] if name is not None else self.disks.values())]
 
-    def bdev_iostat(self, name: str | None = None, *, reset: bool = False) -> int:
+    def bdev_iostat(self, name: str | None = None, *, reset: str = "none") -> int:
         token = self.token()
         keys = [
             "read_ios",
@@ -316,7 +316,6 @@ class Engine:
             "unmap_bytes",
             "flush_ios",
             "write_zeroes_ios",
-            "errors",
             "read_ns",
             "write_ns",
             "unmap_ns",
@@ -324,13 +323,20 @@ class Engine:
             "min_read_ns",
             "max_write_ns",
             "min_write_ns",
+            "max_unmap_ns",
+            "min_unmap_ns",
+            *(f"{key}copy{unit}" for key, unit in (("", "_ios"), ("", "_bytes"), ("", "_ns"), ("max_", "_ns"), ("min_", "_ns"))),
         ]
         disks = [self._disk(name)] if name is not None else list(self.disks.values())
-        self.reply(token, [{"name": disk.name} | {key: disk.stat.get(key, 0) for key in keys} for disk in disks])
-        if reset:
+        rest: dict[str, Any] = {"errors": {}, "channels": [], "sampled": None}
+        self.reply(token, [{"name": disk.name} | {key: disk.stat.get(key, 0) for key in keys} | rest for disk in disks])
+        if reset == "all":
             for disk in disks:
                 disk.stat.clear()
         return token
+
+    def qos_groups(self) -> list[dict[str, Any]]:
+        return []
 
     def bdev_claim(self, name: str, owner: str) -> None:
         self._disk(name).claimed_by = owner

@@ -256,8 +256,10 @@ def test_iostat_counts_and_resets(driver: Any) -> None:
     driver.io(disk, "unmap", 0, 2)
     driver.io(disk, "write_zeroes", 0, 2)
     driver.io(disk, "flush")
-    (stat,) = driver.wait(engine.bdev_iostat("m0", reset=True))
-    counted = {key: stat[key] for key in stat if not key.endswith("_ns")}
+    (stat,) = driver.wait(engine.bdev_iostat("m0", reset="all"))
+    channel = stat["channels"][0]
+    assert (len(stat["channels"]), channel["read_ios"], channel["lcore"]) == (1, 2, engine.reactors()[0]["lcore"])
+    counted = {key: stat[key] for key in stat if not key.endswith("_ns") and key != "channels"}
     assert counted == {
         "name": "m0",
         "read_ios": 2,
@@ -268,7 +270,10 @@ def test_iostat_counts_and_resets(driver: Any) -> None:
         "unmap_bytes": 1024,
         "flush_ios": 1,
         "write_zeroes_ios": 1,
-        "errors": 0,
+        "copy_ios": 0,
+        "copy_bytes": 0,
+        "errors": {},
+        "sampled": None,
     }
     every = driver.wait(engine.bdev_iostat())
     assert [(stat["name"], stat["read_ios"]) for stat in every] == [("m0", 0), ("m1", 0)]

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, Ty
 
 from qpair.app.loop_thread import ControlThread
 from qpair.app.stack import Stack
-from qpair.bdev.client import BdevHandle, OpenBdev
+from qpair.bdev.client import BdevHandle, OpenBdev, TimedOut
 from qpair.bdev.events import Event, EventReader
 from qpair.bdev.perf import PerfRun
 from qpair.errors import Busy, StackStopped
@@ -277,6 +277,10 @@ class BlockingOpenBdev(_Twin[OpenBdev]):
     def block_size(self) -> int:
         """In bytes."""
         return self._real.block_size
+
+    def set_timeout(self, seconds: float, callback: Callable[[TimedOut], None] | None) -> None:
+        """As `OpenBdev.set_timeout`. ``callback`` runs on the control thread: what it may call of a stack is ``late.abort()``."""
+        self._control.call(lambda: self._real.set_timeout(seconds, callback))
 
     close = _blocking(OpenBdev.close)
     flush = _blocking(OpenBdev.flush)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qpair.errors import StackStopped, from_engine
 
 if TYPE_CHECKING:
-    from qpair._engine import BdevEvent, Engine, LogEvent, Reply, SessionEvent
+    from qpair._engine import BdevEvent, Engine, IoTimeout, LogEvent, Reply, SessionEvent
 
 __all__ = ["Bridge"]
 
@@ -42,6 +42,7 @@ class Bridge:
         self._bdev: list[Callable[[BdevEvent], None]] = []
         self._session: list[Callable[[SessionEvent], None]] = []
         self._work: dict[int, Callable[[], None]] = {}
+        self._timeouts: dict[int, Callable[[IoTimeout], None]] = {}
         self._workers: dict[int, Callable[[int, str], None]] = {}
         self._closed = False
         # By name, so that importing this module does not load the compiled engine.
@@ -52,6 +53,7 @@ class Bridge:
             "LogEvent": self._on_log,
             "PythonBdevWork": self._on_work,
             "PythonWorkerDown": self._on_worker_down,
+            "IoTimeout": self._on_timeout,
         }
 
     def start(self) -> None:
@@ -101,6 +103,11 @@ class Bridge:
         """``callback()`` on the loop when the ring of Python bdev ``ring`` has requests. One callback a ring."""
         self._work[ring] = callback
         return lambda: self._work.pop(ring, None) and None
+
+    def subscribe_timeout(self, descriptor: int, callback: Callable[[IoTimeout], None]) -> Callable[[], None]:
+        """``callback(event)`` on the loop for each I/O of an open descriptor that takes too long. One callback a descriptor."""
+        self._timeouts[descriptor] = callback
+        return lambda: self._timeouts.pop(descriptor, None) and None
 
     def subscribe_worker(self, link: int, callback: Callable[[int, str], None]) -> Callable[[], None]:
         """``callback(number, reason)`` on the loop when the engine severed a worker of that link. One callback a link."""
@@ -157,6 +164,10 @@ class Bridge:
     def _on_worker_down(self, event: Any) -> None:
         if (callback := self._workers.get(event.link)) is not None:
             callback(event.number, event.reason)
+
+    def _on_timeout(self, event: IoTimeout) -> None:
+        if (callback := self._timeouts.get(event.descriptor)) is not None:
+            callback(event)
 
     def _on_log(self, event: LogEvent) -> None:
         target = logging.getLogger(f"qpair.{event.component}")

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import msgspec
 
+from qpair.bdev.model import MIB
+
 if TYPE_CHECKING:
     from qpair._engine import BdevEvent
 
@@ -182,6 +184,9 @@ class EventBus:
             self.publish(Vanished(bdev=event.name))
         elif event.kind == "resized":
             self.publish(Resized(bdev=event.name, size_bytes=size_bytes(event.name)))
+        elif event.kind == "throttled" and event.limit is not None:
+            limit, value = event.limit
+            self.publish(Throttled(bdev=event.name, limit=limit, value=value // MIB if "mbytes" in limit else value))
         elif event.kind == "media":
             self.publish(Failed(bdev=event.name, reason="the engine reports that its medium failed"))
 
