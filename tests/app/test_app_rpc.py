@@ -30,6 +30,17 @@ async def test_a_reactor_is_the_same_thread_in_every_method(stack: Any) -> None:
         assert 0 <= poller["busy_count"] <= poller["run_count"]
 
 
+async def test_a_thread_has_a_channel_of_each_bdev_that_is_used_on_it(stack: Any) -> None:
+    await stack.null("used", "1MiB")
+    await stack.null("unused", "1MiB")
+    async with await stack.open("used") as disk:
+        await disk.read(0, 512)
+        (thread,) = (await stack.rpc("thread_get_io_channels"))["threads"]
+        assert thread == {"name": f"reactor_{stack.cores[0]}", "io_channels": [{"name": "bdev_used", "ref": 1}]}
+    await stack.delete("used")
+    assert (await stack.rpc("thread_get_io_channels"))["threads"][0]["io_channels"] == []
+
+
 async def test_thread_set_cpumask_binds_the_thread_that_stats_name(make_stack: Any, engine_kind: str) -> None:
     usable = sorted(os.sched_getaffinity(0))[:2]
     if engine_kind == "double" or len(usable) < 2:

@@ -205,6 +205,11 @@ class BlockingStack(_Twin[Stack]):
         control = self._control
         return BlockingObject(control, control.run(self._real.listen(address)), self)
 
+    def listen_http(self, address: str, user: str, password: str, *, certificate: str | None = None) -> BlockingObject:
+        """As `Stack.listen_http`; the server has ``bound`` and ``stop()``."""
+        control = self._control
+        return BlockingObject(control, control.run(self._real.listen_http(address, user, password, certificate=certificate)), self)
+
     add_subsystem = _on_loop(Stack.add_subsystem)
     config = _on_loop(Stack.config)
     load_config = _blocking(Stack.load_config)

@@ -84,6 +84,20 @@ async def thread_get_pollers(stack: Stack, params: None) -> dict[str, Any]:
     return {"tick_rate": TICKS_A_SECOND, "threads": threads}
 
 
+@method("thread_get_io_channels")
+async def thread_get_io_channels(stack: Stack, params: None) -> dict[str, Any]:
+    """Which bdevs each thread has a channel of. A thread has one channel of a bdev, whoever uses it: ``ref`` is 1."""
+    channels: dict[int, list[dict[str, Any]]] = {}
+    for entry in await stack.bdevs.iostat():
+        for channel in entry["channels"]:
+            channels.setdefault(channel["lcore"], []).append({"name": f"bdev_{entry['name']}", "ref": 1})
+    threads = [
+        {"name": _thread(number, reactor)["name"], "io_channels": channels.get(reactor["lcore"], [])}
+        for number, reactor in enumerate(await stack.reactors(), 1)
+    ]
+    return {"tick_rate": TICKS_A_SECOND, "threads": threads}
+
+
 class SetCpumask(Params):
     """``id`` as thread_get_stats gives it; ``cpumask`` as ``-m`` takes it, of which the stack's cores count."""
 
