@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qpair.app.stack import Stack as Stack
     from qpair.bdev.client import BdevHandle as BdevHandle
     from qpair.bdev.client import OpenBdev as OpenBdev
+    from qpair.bdev.filter import Filter as Filter
+    from qpair.bdev.filter import FilterRequest as FilterRequest
     from qpair.bdev.model import BdevInfo as BdevInfo
     from qpair.bdev.perf import PerfResult as PerfResult
     from qpair.bdev.python import Bdev as Bdev
@@ -37,6 +39,8 @@ _PUBLIC = {
     "BdevHandle": "qpair.bdev.client",
     "BdevInfo": "qpair.bdev.model",
     "BlockingStack": "qpair.app.blocking",
+    "Filter": "qpair.bdev.filter",
+    "FilterRequest": "qpair.bdev.filter",
     "OpenBdev": "qpair.bdev.client",
     "PerfResult": "qpair.bdev.perf",
     "QpairError": "qpair.errors",
@@ -50,6 +54,8 @@ __all__ = [
     "BdevHandle",
     "BdevInfo",
     "BlockingStack",
+    "Filter",
+    "FilterRequest",
     "OpenBdev",
     "PerfResult",
     "QpairError",

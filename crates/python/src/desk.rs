@@ -26,7 +26,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyMemoryView, PyString, PyTuple};
 use qpair_bdev::Op;
-use qpair_bdev::python::Work;
+use qpair_bdev::python::{ANSWERED, Stage, Work};
 
 use crate::core::lock;
 use crate::engine::not_forked;
@@ -162,21 +162,22 @@ impl Desk {
         self.kept.load(Ordering::Relaxed)
     }
 
-    /// Up to `max` requests, those of one operation together, in the order in which each first came.
+    /// Up to `max` requests, those for one method together, in the order in which each first came.
     pub fn fetch<'py>(self: &Arc<Self>, py: Python<'py>, max: usize) -> PyResult<Bound<'py, PyList>> {
         let list = PyList::empty(py);
         let mut works = self.source.fetch(max);
         while let Some(first) = works.first() {
-            let op = first.op;
+            let method = method_of(py, first);
             let mut batch = Vec::with_capacity(works.len());
             works.retain(|work| {
-                if work.op == op {
+                let same = method_of(py, work).is(method);
+                if same {
                     batch.push(*work);
                 }
-                work.op != op
+                !same
             });
             let requests = self.hand_out(py, &batch)?;
-            list.append((name_of(py, op), PyTuple::new(py, requests)?))?;
+            list.append((method, PyTuple::new(py, requests)?))?;
         }
         Ok(list)
     }
@@ -202,8 +203,14 @@ impl Desk {
                 let buffer = self.buffer(py, work.slot, offset)?;
                 let this = buffer.get();
                 this.length.store(length as usize, Ordering::Relaxed);
-                this.readonly.store(work.op == Op::Write, Ordering::Relaxed);
-                if work.op == Op::Read {
+                let (readonly, zeroed) = match work.stage {
+                    Stage::Whole => (work.op == Op::Write, work.op == Op::Read),
+                    // A filter may change what is written, and answer what is read.
+                    Stage::Before => (false, work.op == Op::Read),
+                    Stage::After(_) => (work.op == Op::Write, false),
+                };
+                this.readonly.store(readonly, Ordering::Relaxed);
+                if zeroed {
                     this.pages.zero(length as usize);
                 }
                 Some(buffer)
@@ -211,16 +218,8 @@ impl Desk {
         };
         let offset = work.offset_blocks << self.shift;
         let desk = self.clone();
-        Ok(PythonBdevRequest {
-            desk,
-            slot: work.slot,
-            op: work.op,
-            offset,
-            length,
-            buffer,
-            done: AtomicBool::new(false),
-            view: Mutex::default(),
-        })
+        let (slot, op, stage) = (work.slot, work.op, work.stage);
+        Ok(PythonBdevRequest { desk, slot, op, stage, offset, length, buffer, done: AtomicBool::new(false), view: Mutex::default() })
     }
 
     fn buffer(&self, py: Python<'_>, slot: u32, offset: u64) -> Result<Py<BounceBuffer>, Failure> {
@@ -306,12 +305,22 @@ fn name_of(py: Python<'_>, op: Op) -> &Bound<'_, PyString> {
     }
 }
 
+/// Which method of the user's a request is for.
+fn method_of<'py>(py: Python<'py>, work: &Work) -> &'py Bound<'py, PyString> {
+    match work.stage {
+        Stage::Whole => name_of(py, work.op),
+        Stage::Before => intern!(py, "before"),
+        Stage::After(_) => intern!(py, "after"),
+    }
+}
+
 /// One request that Python has.
 #[pyclass(frozen, module = "qpair._engine")]
 pub struct PythonBdevRequest {
     desk: Arc<Desk>,
     slot: u32,
     op: Op,
+    stage: Stage,
     offset: u64,
     length: u64,
     buffer: Option<Py<BounceBuffer>>,
@@ -353,6 +362,12 @@ impl PythonBdevRequest {
         self.done.load(Ordering::Acquire)
     }
 
+    /// Of a filter's request: how the base ended it. 0 before.
+    #[getter]
+    fn errno(&self) -> i32 {
+        if let Stage::After(errno) = self.stage { errno } else { 0 }
+    }
+
     #[getter]
     fn data<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyMemoryView>> {
         if self.done.load(Ordering::Acquire) {
@@ -382,7 +397,21 @@ impl PythonBdevRequest {
         if self.done() {
             return Err(PyValueError::new_err(format!("{} was completed before", self.said(py))));
         }
-        Ok(self.desk.finish(py, std::iter::once(self), errno)?)
+        // To a filter, 0 means that all goes on as it was.
+        let code = if errno == 0 && self.stage != Stage::Whole { ANSWERED } else { errno };
+        Ok(self.desk.finish(py, std::iter::once(self), code)?)
+    }
+
+    /// A filter's: it goes on to the base, or ends as the base ended it.
+    fn pass_on(&self, py: Python<'_>) -> PyResult<()> {
+        not_forked(self.desk.pid)?;
+        if self.done() {
+            return Err(PyValueError::new_err(format!("{} was completed before", self.said(py))));
+        }
+        if self.stage == Stage::Whole {
+            return Err(PyValueError::new_err(format!("{}: there is nothing below to pass it on to", self.said(py))));
+        }
+        Ok(self.desk.finish(py, std::iter::once(self), 0)?)
     }
 
     #[pyo3(text_signature = "($self, errno)")]

@@ -17,12 +17,15 @@
 #![allow(missing_docs)]
 
 mod bdev;
+mod bounce;
 mod core;
 mod desk;
 mod engine;
 mod events;
 mod io;
+mod measures;
 mod perf;
+mod pyfilter;
 mod pyring;
 mod pyworker;
 mod values;
@@ -43,6 +46,10 @@ mod _engine {
     use super::engine::Engine;
     #[pymodule_export]
     use super::events::{BdevEvent, LogEvent, PythonBdevWork, PythonWorkerDown, Reply, SessionEvent};
+    #[pymodule_export]
+    use super::measures::IoTimeout;
+    #[pymodule_export]
+    use super::pyfilter::PythonFilterRing;
     #[pymodule_export]
     use super::pyring::PythonBdevRing;
     #[pymodule_export]
@@ -65,6 +72,7 @@ mod _engine {
         let mut union = py.get_type::<Reply>().into_any();
         for class in [
             py.get_type::<BdevEvent>(),
+            py.get_type::<IoTimeout>(),
             py.get_type::<SessionEvent>(),
             py.get_type::<LogEvent>(),
             py.get_type::<PythonBdevWork>(),

@@ -18,12 +18,16 @@ from typing import Any, Literal, Self, TypeAlias, final
 __all__ = [
     "BdevEvent",
     "Engine",
+    "DelayControl",
     "EngineError",
+    "ErrorControl",
     "Event",
+    "IoTimeout",
     "LogEvent",
     "PythonBdevRequest",
     "PythonBdevRing",
     "PythonBdevWork",
+    "PythonFilterRing",
     "PythonWorker",
     "PythonWorkerDown",
     "PythonWorkerLink",
@@ -48,8 +52,10 @@ class Reply:
 class BdevEvent:
     """A bdev appeared, went, changed its size or failed."""
 
-    kind: Literal["added", "removing", "removed", "resized", "media"]
+    kind: Literal["added", "removing", "removed", "resized", "media", "throttled"]
     name: str
+    limit: tuple[str, int] | None
+    """Of "throttled": SPDK's name of the limit that began to hold I/O back, and I/Os or bytes a second."""
 
 @final
 class SessionEvent:
@@ -82,7 +88,19 @@ class PythonWorkerDown:
     number: int
     reason: str
 
-Event: TypeAlias = Reply | BdevEvent | SessionEvent | LogEvent | PythonBdevWork | PythonWorkerDown
+@final
+class IoTimeout:
+    """An I/O of a descriptor takes longer than its time-out, see `Engine.bdev_set_timeout`. It is still under way."""
+
+    descriptor: int
+    io: int
+    """Its name, for `Engine.bdev_abort`."""
+    op: str
+    offset_blocks: int
+    num_blocks: int
+    age_ns: int
+
+Event: TypeAlias = Reply | BdevEvent | SessionEvent | LogEvent | PythonBdevWork | PythonWorkerDown | IoTimeout
 
 @final
 class Engine:
@@ -114,9 +132,16 @@ class Engine:
 
     # ---- bdevs (crates/bdev) -------------------------------------------------------------------------
     def bdev_null_create(
-        self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0
+        self,
+        name: str,
+        *,
+        num_blocks: int,
+        block_size: int,
+        uuid: str | None = None,
+        physical_block_size: int = 0,
+        metadata_bytes: int = 0,
     ) -> int:
-        """Reply value: None. Raises ``EEXIST`` for a name in use, ``EINVAL`` for geometry."""
+        """``metadata_bytes``: of each block, apart from its data. Reply value: None. Raises ``EEXIST`` for a name in use, ``EINVAL`` for geometry."""
 
     def bdev_malloc_create(
         self,
@@ -127,7 +152,10 @@ class Engine:
         uuid: str | None = None,
         physical_block_size: int = 0,
         optimal_io_boundary: int = 0,
-    ) -> int: ...
+        metadata_bytes: int = 0,
+    ) -> int:
+        """``metadata_bytes``: 0, 8, 16, 32, 64 or 128."""
+
     def bdev_file_create(
         self,
         name: str,
@@ -152,6 +180,21 @@ class Engine:
         uuid: str | None = None,
         readonly: bool = False,
     ) -> PythonBdevRing: ...
+    def bdev_filter_create(
+        self,
+        name: str,
+        base: str,
+        *,
+        before: Sequence[str],
+        after: Sequence[str],
+        ranges: Sequence[tuple[int, int]] | None = None,
+        depth: int = 128,
+        max_io_bytes: int = 131072,
+        uuid: str | None = None,
+    ) -> PythonFilterRing:
+        """A bdev on ``base``, which is claimed. Operations ``before`` and ``after`` are shown, on ``ranges`` (first block, number of blocks); None: everywhere.
+        Shown are read, write, flush, unmap, write_zeroes. ``ENOTSUP`` for a zoned base."""
+
     def bdev_python_worker_create(
         self,
         name: str,
@@ -182,6 +225,33 @@ class Engine:
     def bdev_passthru_create(self, name: str, base: str, *, uuid: str | None = None) -> int:
         """A bdev that passes everything on to ``base``, which it claims. ``ENODEV``, ``EBUSY`` (claimed), ``EINVAL`` (stacked too high)."""
 
+    def bdev_parts_create(self, base: str, module: Literal["split", "gpt"], parts: list[tuple[str, int, int, str | None]]) -> int:
+        """Ranges of ``base``, which they claim together, as (name, offset_blocks, num_blocks, uuid): all of them, or none. Reply: None."""
+
+    def bdev_delay_create(
+        self, name: str, base: str, *, avg_read: int, p99_read: int, avg_write: int, p99_write: int, uuid: str | None = None
+    ) -> DelayControl:
+        """A bdev that holds what comes back from ``base``. Latencies in microseconds."""
+
+    def bdev_error_create(self, name: str, base: str, *, uuid: str | None = None) -> ErrorControl:
+        """A bdev on ``base`` that errors can be injected into."""
+
+    def bdev_zone_block_create(
+        self, name: str, base: str, *, zone_capacity: int, optimal_open_zones: int, uuid: str | None = None
+    ) -> int:
+        """A zoned bdev on ``base``; ``zone_capacity`` in blocks. Reply: None. ``EEXIST``: the base is zoned already."""
+
+    def bdev_zone_io(
+        self,
+        descriptor: int,
+        action: Literal["append", "report", "open", "close", "finish", "reset"],
+        offset_blocks: int,
+        num_blocks: int,
+        data: Any = None,
+    ) -> int:
+        """One I/O on zones; ``offset_blocks`` is where a zone begins. ``num_blocks``: an append's; else whole zones, one unless for a report. Reply value: the
+        first block written (append), 64 bytes a zone (report: NVMe's zone descriptors), else None."""
+
     def bdev_unregister(self, name: str, *, deadline_ms: int = 10_000) -> int:
         """What stands on it goes first; then: stop new I/O, drain or abort, close channels, gone. Reply: None. ``ENODEV``."""
 
@@ -189,11 +259,56 @@ class Engine:
     def bdev_info(self, name: str | None = None) -> list[dict[str, Any]]:
         """Snapshots: ``name, module, uuid, aliases, block_size, num_blocks, write_unit, physical_block_size,
         optimal_io_boundary, max_io_blocks, max_segments, readonly, claimed_by, removing, open_count, write_cache,
-        supported: {op: bool}, path, bases: [name of a bdev right below], version``."""
+        supported: {op: bool}, zoned: None or {zone_size, zone_capacity, max_open_zones, max_active_zones, optimal_open_zones, max_append_blocks}, path, bases: [name of a bdev right below], version``."""
 
-    def bdev_iostat(self, name: str | None = None, *, reset: bool = False) -> int:
-        """Reply: list of dicts ``name, read_ios, read_bytes, write_ios, write_bytes, unmap_ios, unmap_bytes, flush_ios,
-        write_zeroes_ios, errors, read_ns, write_ns, unmap_ns, max_read_ns, min_read_ns, max_write_ns, min_write_ns``."""
+    def bdev_iostat(self, name: str | None = None, *, reset: Literal["none", "all", "maxmin", "error"] = "none") -> int:
+        """Reply: list of dicts ``name, channels: [...], sampled: (period_us, depth, io_time_us, weighted_io_time_us) | None`` and, in them and in each channel (beside its
+        ``lcore``): ``{read,write,unmap,copy}_{ios,bytes,ns}, max_..._ns, min_..._ns, flush_ios, write_zeroes_ios, errors: {kind: count}``. Kinds: "aborted",
+        "miscompare", "nomem", "failed". Told as they were before ``reset``."""
+
+    def bdev_set_limits(self, name: str, rates: tuple[int | None, int | None, int | None, int | None]) -> int:
+        """``rates``: I/Os, bytes, bytes read, bytes written a second; None: as before, 0: no limit. Reply: None, when all reactors keep it. ``ENODEV``."""
+
+    def qos_group_create(self, group: str, rates: tuple[int | None, int | None, int | None, int | None]) -> int:
+        """``EEXIST``."""
+
+    def qos_group_set(self, group: str, rates: tuple[int | None, int | None, int | None, int | None]) -> int:
+        """``ENOENT``."""
+
+    def qos_group_delete(self, group: str) -> int:
+        """``ENOENT``."""
+
+    def qos_group_add(self, group: str, bdev: str) -> int:
+        """``ENOENT``, ``ENODEV``, ``EBUSY`` for a bdev that is in a group."""
+
+    def qos_group_remove(self, group: str, bdev: str) -> int:
+        """``ENOENT``, ``ENODEV``, ``EINVAL`` for a bdev that is not in it."""
+
+    def qos_groups(self) -> list[dict[str, Any]]:
+        """``name, limits: (4 rates), bdevs``."""
+
+    def bdev_enable_histogram(
+        self,
+        name: str,
+        enable: bool,
+        *,
+        ops: Sequence[str] | None = None,
+        granularity: int = 7,
+        min_ns: int = 1000,
+        max_ns: int = 120_000_000_000,
+    ) -> int:
+        """Begins anew, or ends. ``ops``: by SPDK's names of I/O types; None: all."""
+
+    def bdev_histogram(self, name: str) -> int:
+        """Reply: ``granularity, min_range, max_range, buckets: bytes`` (little-endian 64-bit counts). ``EFAULT`` unless enabled."""
+
+    def bdev_set_sampling(self, name: str, period_us: int) -> int: ...
+    def bdev_set_timeout(self, descriptor: int, timeout_ms: int) -> None:
+        """`IoTimeout` for each I/O of that descriptor that takes longer, and again for each further time-out that passes; 0 ends it. An I/O is told up to a
+        quarter of the time-out (at least 1 ms, at most 1 s) later."""
+
+    def bdev_abort(self, descriptor: int, io: int) -> None:
+        """Asks for an early end of an I/O that `IoTimeout` told of; one that ended meanwhile is left alone."""
 
     def bdev_claim(self, name: str, owner: str) -> None: ...
     def bdev_release(self, name: str, owner: str) -> None: ...
@@ -210,10 +325,14 @@ class Engine:
         data: Any = None,
         *,
         source_blocks: int = 0,
+        metadata: Any = None,
+        fua: bool = False,
+        drain: bool = False,
     ) -> int:
         """One I/O by way of a bounce buffer, up to 256 MiB; the layer splits what the device cannot take. ``data`` (write, compare; for compare_and_write
         what is expected and then, as long, what is to be written): anything with the buffer protocol, copied before this returns. ``source_blocks``: where a
-        copy reads. Reply value: bytes for read, else None; ``EILSEQ`` when a comparison fails."""
+        copy reads. ``metadata``: for a write those that go with the data; for a read anything but None asks for them. ``fua``: durable when done. ``drain``: a
+        reset that lets what is in flight end by itself. Reply value: bytes for read (with metadata: both), else None; ``EILSEQ`` when a comparison fails."""
 
     # ---- vhost (crates/vhost) ------------------------------------------------------------------------
     def vhost_blk_create(
@@ -299,10 +418,15 @@ class PythonBdevRequest:
     """A pooled buffer: zeros to be filled for read, read-only data for write, empty for the others. ``ValueError`` once done; a view that is still held then (a
     slice, an array) keeps its bytes, and what is done to them reaches nobody."""
 
+    errno: int
+    """Of a filter's request, after: how the base ended it."""
+
     def complete(self, errno: int = 0) -> None:
-        """``ValueError`` for one that was completed before."""
+        """``ValueError`` for one that was completed before. A filter's ends well so, without or in spite of the base."""
 
     def fail(self, errno: int) -> None: ...
+    def pass_on(self) -> None:
+        """A filter's request goes on as it is. ``ValueError`` for another bdev's."""
 
 @final
 class PythonBdevRing:
@@ -317,6 +441,21 @@ class PythonBdevRing:
 
     def finish(self, requests: Iterable[PythonBdevRequest], errno: int = 0) -> None:
         """Completes those that are not done, in one crossing."""
+
+    def close(self) -> None: ...
+
+@final
+class PythonFilterRing:
+    """The engine's side of a filter. Level-triggered as `PythonBdevRing`; requests are grouped by the methods "before" and "after"."""
+
+    id: int
+    buffers_kept: int
+    def fetch(self, max_requests: int = 64) -> list[tuple[str, tuple[PythonBdevRequest, ...]]]: ...
+    def finish(self, requests: Iterable[PythonBdevRequest], errno: int = 0) -> None:
+        """Those that are not done: 0 lets them go on as they are."""
+
+    def show(self, *, before: Sequence[str], after: Sequence[str], ranges: Sequence[tuple[int, int]] | None = None) -> None:
+        """For I/O that is submitted from now on."""
 
     def close(self) -> None: ...
 
@@ -346,6 +485,37 @@ class PythonWorker:
     def fetch(self, max_requests: int = 64) -> list[tuple[str, tuple[PythonBdevRequest, ...]]]: ...
     def finish(self, requests: Iterable[PythonBdevRequest], errno: int = 0) -> None: ...
     def close(self) -> None: ...
+
+@final
+class DelayControl:
+    """The latencies of one delay bdev. Without effect once that is gone."""
+
+    def set(self, latency: Literal["avg_read", "p99_read", "avg_write", "p99_write"], micros: int) -> None:
+        """Counts for what comes back from the base from now on."""
+
+@final
+class ErrorControl:
+    """What is injected into one error bdev. Without effect once that is gone."""
+
+    def inject(
+        self,
+        io_type: Literal["read", "write", "unmap", "flush", "all"],
+        error_type: Literal["failure", "pending", "corrupt_data", "nomem", "nvme_failure"],
+        *,
+        num: int = 1,
+        queue_depth: int = 0,
+        corrupt_offset: int = 0,
+        corrupt_value: int = 0,
+        nvme_sct: int = 0,
+        nvme_sc: int = 0,
+    ) -> None:
+        """The next ``num`` I/Os of that type, instead of what was said before; only while ``queue_depth`` others are under way on their reactor."""
+
+    def clear(self) -> None:
+        """Nothing more. What is kept (pending) stays so."""
+
+    def resume(self) -> int:
+        """Keeps nothing more, and lets go on what was kept. Reply: None."""
 
 @final
 class VirtioMemory:

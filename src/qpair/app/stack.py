@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qpair.bdev.client import BdevHandle, OpenBdev
     from qpair.bdev.control import BdevSubsystem
     from qpair.bdev.events import EventReader
+    from qpair.bdev.filter import Filter
     from qpair.bdev.perf import PerfResult, PerfRun
     from qpair.bdev.python import Bdev
     from qpair.rpc.http import HttpServer
@@ -320,6 +321,12 @@ class Stack:
         """Put a bdev written in Python on the stack: a `qpair.Bdev` object, or with ``process=True`` its class, made with ``options`` in a process of its own
         (``await stack.add(Ram, process=True, name="ram0", timeout_ms=5000)``; the options of `qpair.bdev.worker.Policy` are the worker's)."""
         return await self.bdevs.add_python(bdev, process=process, **options)
+
+    async def filter(self, bdev: str | BdevHandle, by: Filter) -> BdevHandle:
+        """A bdev on top of ``bdev`` whose I/O a `qpair.Filter` is shown."""
+        from qpair.bdev.modules.filter import add
+
+        return self.bdevs.handle(await add(self.bdevs, _name(bdev), by))
 
     async def delete(self, bdev: str | BdevHandle, *, deadline_ms: int = 10_000) -> None:
         """Stop new I/O, drain or abort what is in flight, remove."""

@@ -22,6 +22,7 @@ from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.bdev.client import BdevHandle
 from qpair.bdev.events import EventBus
 from qpair.bdev.examine import Examiner
+from qpair.bdev.measures import Measures
 from qpair.bdev.model import BdevInfo, BdevModule, describe
 from qpair.bdev.modules import make_modules
 from qpair.errors import InvalidArgument, NoSuchBdev, NoSuchDevice, from_engine, from_errno
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from qpair.app.stack import Stack
     from qpair.bdev.python import Bdev
 
-__all__ = ["BdevSubsystem", "new_uuid"]
+__all__ = ["BdevSubsystem", "new_uuid", "blocks_of", "checked_name"]
 
 BLOCK_SIZE_MAX = 1 << 20
 
@@ -87,6 +88,7 @@ class BdevSubsystem(Subsystem):
         self._unsubscribe: Callable[[], None] = lambda: None
         self.records: dict[str, Record] = {}
         self.events = EventBus()
+        self.measures = Measures(self)
         self._lowest: dict[str, int] = {}
         self._servers: dict[str, Server] = {}
         self._changed: set[asyncio.Future[None]] = set()
@@ -121,7 +123,7 @@ class BdevSubsystem(Subsystem):
         entries = stack.inert.config(self.name)
         for module in self._modules.values():
             entries.extend(module.config(stack))
-        return [*entries, {"method": "bdev_wait_for_examine"}]
+        return [*entries, {"method": "bdev_wait_for_examine"}, *self.measures.config()]
 
     def register_module(self, module: BdevModule) -> None:
         """Make another kind of bdev known. A room that starts again registers again: the later one counts."""
@@ -135,6 +137,7 @@ class BdevSubsystem(Subsystem):
             self._freed(event.name)
             if (server := self._servers.pop(event.name, None)) is not None:
                 server.close()
+        self.measures.on_event(event)
         self.events.on_engine(event, self._size_bytes)
         for waiter in tuple(self._changed):
             if not waiter.done():
@@ -189,6 +192,10 @@ class BdevSubsystem(Subsystem):
         """The kind of a bdev."""
         return self._modules.get(info.module)
 
+    def module_named(self, name: str) -> BdevModule:
+        """The kind of that name; `KeyError` is a programming error."""
+        return self._modules[name]
+
     def modules(self) -> list[BdevModule]:
         """All kinds."""
         return list(self._modules.values())
@@ -227,10 +234,11 @@ class BdevSubsystem(Subsystem):
         uuid: str | None = None,
         physical_block_size: int = 0,
         optimal_io_boundary: int = 0,
+        metadata_bytes: int = 0,
     ) -> BdevHandle:
         """A bdev in memory; without a name, "Malloc0" and so on."""
-        chosen = self._free_name("Malloc") if name is None else _checked_name(name)
-        blocks = _blocks(chosen, size, num_blocks, block_size)
+        chosen = self._free_name("Malloc") if name is None else checked_name(name)
+        blocks = blocks_of(chosen, size, num_blocks, block_size)
         unique = uuid or new_uuid()
         await self.call(
             "bdev_malloc_create",
@@ -240,6 +248,7 @@ class BdevSubsystem(Subsystem):
             physical_block_size=physical_block_size,
             uuid=unique,
             optimal_io_boundary=optimal_io_boundary,
+            metadata_bytes=metadata_bytes,
         )
         params = {
             "name": chosen,
@@ -248,6 +257,7 @@ class BdevSubsystem(Subsystem):
             "physical_block_size": physical_block_size or block_size,
             "uuid": unique,
             "optimal_io_boundary": optimal_io_boundary,
+            "md_size": metadata_bytes,
         }
         return self.record(chosen, Record("bdev_malloc_create", params))
 
@@ -260,13 +270,20 @@ class BdevSubsystem(Subsystem):
         block_size: int = 512,
         uuid: str | None = None,
         physical_block_size: int = 0,
+        metadata_bytes: int = 0,
         hints: Mapping[str, int] | None = None,
     ) -> BdevHandle:
         """A bdev that keeps nothing. ``hints`` (preferred sizes, see `HINTS`) are shown to whoever asks and have no other effect."""
-        blocks = _blocks(_checked_name(name), size, num_blocks, block_size)
+        blocks = blocks_of(checked_name(name), size, num_blocks, block_size)
         unique = uuid or new_uuid()
         await self.call(
-            "bdev_null_create", name, num_blocks=blocks, block_size=block_size, uuid=unique, physical_block_size=physical_block_size
+            "bdev_null_create",
+            name,
+            num_blocks=blocks,
+            block_size=block_size,
+            uuid=unique,
+            physical_block_size=physical_block_size,
+            metadata_bytes=metadata_bytes,
         )
         params = {
             "name": name,
@@ -274,6 +291,7 @@ class BdevSubsystem(Subsystem):
             "block_size": block_size,
             "physical_block_size": physical_block_size or block_size,
             "uuid": unique,
+            "md_size": metadata_bytes,
             **(hints or {}),
         }
         return self.record(name, Record("bdev_null_create", params))
@@ -293,7 +311,7 @@ class BdevSubsystem(Subsystem):
     ) -> BdevHandle:
         """A bdev on a file or block device. ``size`` creates the file sparse, or grows it, first."""
         filename = os.path.abspath(os.fspath(path))
-        _checked_name(name)
+        checked_name(name)
         if size is not None:
             _grow_file(filename, parse_size(size))
         unique = uuid or new_uuid()
@@ -374,7 +392,7 @@ class BdevSubsystem(Subsystem):
     async def resize(self, name: str, size: int | str, *, module: str | None = None) -> None:
         """Grow or shrink to ``size`` bytes, a multiple of the block size."""
         info = self._of_kind(name, module)
-        blocks = _blocks(info.name, size, None, info.block_size)
+        blocks = blocks_of(info.name, size, None, info.block_size)
         await self.call("bdev_resize", info.name, blocks)
         if (record := self.records.get(info.name)) is not None and "num_blocks" in record.params:
             record.params["num_blocks"] = blocks
@@ -390,9 +408,8 @@ class BdevSubsystem(Subsystem):
             await self.call("bdev_resize", info.name, blocks)
 
     async def iostat(self, name: str | None = None, *, reset: bool = False) -> list[dict[str, Any]]:
-        """The engine's counters, one dict a bdev, see ``Engine.bdev_iostat``."""
-        value: list[dict[str, Any]] = await self.call("bdev_iostat", name, reset=reset)
-        return value
+        """As `Measures.iostat`."""
+        return await self.measures.iostat(name, reset="all" if reset else "none")
 
     async def call(self, method: str, *args: Any, **options: Any) -> Any:
         """One asynchronous call of the engine, with errors of this package."""
@@ -414,13 +431,14 @@ def new_uuid() -> str:
     return str(uuid4())
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """``name``, if a bdev may be named so."""
     if not name or len(name) > 255 or not name.isprintable():
         raise InvalidArgument(f"bdev name {name!r:.80}: 1 to 255 printable characters")
     return name
 
 
-def _blocks(name: str, size: int | str | None, num_blocks: int | None, block_size: int) -> int:
+def blocks_of(name: str, size: int | str | None, num_blocks: int | None, block_size: int) -> int:
     """The number of blocks, from either."""
     if not 0 < block_size <= BLOCK_SIZE_MAX:
         raise InvalidArgument(f"bdev {name!r}: block_size {block_size} is not from 1 to {BLOCK_SIZE_MAX}")

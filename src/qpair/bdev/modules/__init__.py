@@ -16,7 +16,13 @@ __all__ = ["MODULES", "load_rpc", "make_modules"]
 
 MODULES: tuple[str, ...] = (
     "python",
+    "filter",
     "passthru",
+    "split",
+    "delay",
+    "error",
+    "zone_block",
+    "gpt",
 )
 
 

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from qpair.app.subsystems import ConfigEntry
-from qpair.bdev.control import BdevSubsystem, Record, _blocks, _checked_name, new_uuid
+from qpair.bdev.control import BdevSubsystem, Record, blocks_of, checked_name, new_uuid
 from qpair.bdev.model import BdevInfo, BdevModule
 from qpair.bdev.python import Bdev, PythonBdevRunner
 from qpair.bdev.worker import Policy, Worker
@@ -93,10 +93,10 @@ async def add(room: BdevSubsystem, bdev: Bdev | type[Bdev], options: dict[str, A
         raise InvalidArgument("stack.add takes an object; a class and its options go with process=True")
     if inspect.isawaitable(opened := bdev.open()):
         await opened
-    stack, blocks = room.stack, _blocks(bdev.name, bdev.size_bytes, None, bdev.block_size)
+    stack, blocks = room.stack, blocks_of(bdev.name, bdev.size_bytes, None, bdev.block_size)
     try:
         ring = stack.engine.bdev_python_create(
-            _checked_name(bdev.name),
+            checked_name(bdev.name),
             num_blocks=blocks,
             block_size=bdev.block_size,
             depth=bdev.depth,
@@ -119,7 +119,7 @@ async def add_worker(room: BdevSubsystem, bdev: Bdev | type[Bdev], options: dict
         raise InvalidArgument("with process=True, stack.add needs name=")
     policy = msgspec.convert({field: options.pop(field) for field in Policy.__struct_fields__ if field in options}, Policy)
     target, script = target_of(bdev)
-    await create_worker(room, _checked_name(name), target, options, policy, script=script)
+    await create_worker(room, checked_name(name), target, options, policy, script=script)
     return name
 
 
