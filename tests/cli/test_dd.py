@@ -142,7 +142,7 @@ async def test_bdevs_of_a_configuration_file(shell: Shell, client: Any, qpair_co
         (("--if", "IN", "--ob", "m0", "--bs", "256MiB", "--qd", "17"), 2, "more than 4GiB"),
         (("--if", "IN", "--ob", "m0", "--bs", "1000"), 1, "--bs 1000 is no multiple of m0's block size 512"),
         (("--if", "IN", "--ob", "m0", "--seek", "9"), 1, "--seek 9: m0 ends after 8 units of 1048576 bytes"),
-        (("--if", "IN", "--ob", "m0", "--skip", "9"), 1, "ends after 3 units of 1048576 bytes"),
+        (("--if", "IN", "--ob", "m0", "--skip", "9"), 1, "ends after 2 units of 1048576 bytes"),
         (
             ("--if", "IN", "--ob", "m0", "--seek", "6"),
             1,

@@ -41,8 +41,11 @@ from qpair.errors import Busy, StackStopped
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from qpair.bdev.client import TimedOut
+    from qpair.bdev.filter import Filter
     from qpair.bdev.model import BdevInfo
     from qpair.bdev.perf import PerfResult, PerfSnapshot
+    from qpair.bdev.zones import Action
 
 __all__ = [
     "BlockingDisk",
@@ -235,6 +238,11 @@ class BlockingStack(_Twin[Stack]):
             bdev.close()
         self._control.run(self._real.delete(_name(bdev), deadline_ms=deadline_ms))
 
+    def filter(self, bdev: str | BlockingDisk, by: Filter) -> BlockingDisk:
+        """As `Stack.filter`: its methods run on the control thread."""
+        control = self._control
+        return BlockingDisk(control, control.run(self._real.filter(_name(bdev), by)), self)
+
     def open(self, bdev: str | BlockingDisk, *, write: bool = True) -> BlockingOpenBdev:
         """As `Stack.open`: ``with stack.open("disk0") as disk: disk.read(0, 4096)``."""
         control = self._control
@@ -287,13 +295,39 @@ class BlockingOpenBdev(_Twin[OpenBdev]):
         """As `OpenBdev.set_timeout`. ``callback`` runs on the control thread: what it may call of a stack is ``late.abort()``."""
         self._control.call(lambda: self._real.set_timeout(seconds, callback))
 
+    @property
+    def info(self) -> BdevInfo:
+        """Geometry and state now."""
+        return self._control.call(lambda: self._real.info)
+
+    @property
+    def zones(self) -> BlockingObject:
+        """As `OpenBdev.zones`, every method blocking."""
+        control = self._control
+        return BlockingObject(control, control.call(lambda: self._real.zones), None)
+
     close = _blocking(OpenBdev.close)
+    compare = _blocking(OpenBdev.compare)
+    compare_and_write = _blocking(OpenBdev.compare_and_write)
+    copy = _blocking(OpenBdev.copy)
     flush = _blocking(OpenBdev.flush)
     read = _blocking(OpenBdev.read)
     reset = _blocking(OpenBdev.reset)
     unmap = _blocking(OpenBdev.unmap)
     write = _blocking(OpenBdev.write)
     write_zeroes = _blocking(OpenBdev.write_zeroes)
+
+    def read_with_metadata(self, offset: int, length: int) -> tuple[bytes, bytes]:
+        """As `OpenBdev.read_with_metadata`."""
+        return self._control.run(self._real.read_with_metadata(offset, length))
+
+    def write_with_metadata(self, offset: int, data: Buffer, metadata: Buffer) -> None:
+        """As `OpenBdev.write_with_metadata`."""
+        self._control.run(self._real.write_with_metadata(offset, data, metadata))
+
+    def zone_io(self, action: Action, offset: int, length: int, data: Any = None) -> Any:
+        """As `OpenBdev.zone_io`."""
+        return self._control.run(self._real.zone_io(action, offset, length, data))
 
 
 class BlockingDisk(_Twin[BdevHandle]):
@@ -435,7 +469,7 @@ class BlockingObject(_Twin[Any]):
     """Any object of the control loop: attributes are read there, methods run there and are waited for, bdev handles come out as `BlockingDisk`. A context
     manager where the object is an asynchronous one."""
 
-    def __init__(self, control: ControlThread, real: Any, owner: BlockingStack) -> None:
+    def __init__(self, control: ControlThread, real: Any, owner: BlockingStack | None) -> None:
         super().__init__(control, real)
         self._owner = owner
 
@@ -470,7 +504,7 @@ class BlockingObject(_Twin[Any]):
         return method
 
     def _shown(self, value: Any) -> Any:
-        if isinstance(value, BdevHandle):
+        if isinstance(value, BdevHandle) and self._owner is not None:
             return BlockingDisk(self._control, value, self._owner)
         if isinstance(value, OpenBdev):
             return BlockingOpenBdev(self._control, value)
