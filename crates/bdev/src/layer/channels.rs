@@ -257,6 +257,8 @@ impl ChannelPoller {
         layer.now_ns = reactor.now_ns();
         let result = layer.with_channel(reactor, self.channel, call);
         layer.settle(reactor);
+        // What a channel passed down outside of `submit`: nobody else ends that batch.
+        layer.unplug(reactor);
         result.unwrap_or_default()
     }
 }
