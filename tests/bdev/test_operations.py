@@ -75,3 +75,51 @@ async def test_a_reader_may_compare_but_not_copy(disk: Any) -> None:
             await opened.copy(0, 512, 512)
         with pytest.raises(QpairError, match="open for reading only"):
             await opened.compare_and_write(0, bytes(512), bytes(512))
+
+
+@pytest.fixture
+async def with_metadata(stack: Any, engine_kind: str) -> Any:
+    if engine_kind != "real":
+        pytest.skip("metadata are the engine's")
+    await stack.rpc("bdev_malloc_create", name="m0", num_blocks=2048, block_size=512, md_size=8)
+    await stack.rpc("bdev_passthru_create", name="p0", base_bdev_name="m0")
+    return stack.bdevs.handle("p0")
+
+
+async def test_metadata_go_with_their_blocks_through_every_layer(stack: Any, with_metadata: Any) -> None:
+    tags = b"".join(number.to_bytes(8, "big") for number in range(8))
+    async with await with_metadata.open() as disk:
+        await disk.write_with_metadata(4096, PATTERN, tags)
+        assert await disk.read_with_metadata(4096, 4096) == (PATTERN, tags)
+        assert await disk.read_with_metadata(4608, 512) == (PATTERN[512:1024], tags[8:16])
+        await disk.write(4096, bytes(512))  # data alone: the metadata stay
+        assert (await disk.read_with_metadata(4096, 512)) == (bytes(512), tags[:8])
+        await disk.copy(4096, 0, 2048)
+        assert (await disk.read_with_metadata(0, 2048))[1] == tags[:32]
+        await disk.write_zeroes(4608, 512)
+        assert (await disk.read_with_metadata(4096, 2048))[1] == tags[:8] + bytes(8) + tags[16:32]
+        with pytest.raises(InvalidArgument, match="metadata of 7 bytes: 8 bytes"):
+            await disk.write_with_metadata(0, bytes(512), bytes(7))
+    (shown,) = await stack.rpc("bdev_get_bdevs", name="p0")
+    assert (shown["md_size"], shown["md_interleave"], shown["dif_type"]) == (8, False, 0)
+
+
+async def test_metadata_that_a_bdev_has_not_are_refused(disk: Any) -> None:
+    async with await disk.open() as opened:
+        with pytest.raises(InvalidArgument, match="metadata given: bdev disk has none"):
+            await opened.read_with_metadata(0, 512)
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"md_size": 7}, "md_size 7: 0, 8, 16, 32, 64 or 128"),
+        ({"md_size": 8, "md_interleave": True}, "'md_interleave': true"),
+        ({"md_size": 8, "dif_type": 1}, "'dif_type': 1"),
+    ],
+)
+async def test_kinds_of_metadata_that_are_not_there_are_refused_by_name(stack: Any, engine_kind: str, params: Any, reason: str) -> None:
+    if engine_kind != "real":
+        pytest.skip("metadata are the engine's")
+    with pytest.raises(InvalidArgument, match=reason):
+        await stack.rpc("bdev_malloc_create", num_blocks=8, block_size=512, **params)

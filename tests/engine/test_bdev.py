@@ -77,11 +77,11 @@ def test_info_tells_geometry_and_who_uses_it(start: Callable[..., Any]) -> None:
         "optimal_io_boundary": 16,
     }
     assert (info["claimed_by"], info["open_count"], info["removing"], info["readonly"], info["path"]) == ("lvol", 1, False, False, None)
-    ops = ("read", "write", "flush", "unmap", "write_zeroes", "reset", "abort")
-    assert info["supported"] == dict.fromkeys(ops, True)
+    ops = {"read", "write", "flush", "unmap", "write_zeroes", "reset", "abort", "copy", "zcopy"}
+    assert {op for op, supported in info["supported"].items() if supported} == ops
 
 
-def test_a_claim_keeps_writers_and_removal_away(start: Callable[..., Any]) -> None:
+def test_a_claim_keeps_writers_away(start: Callable[..., Any]) -> None:
     driver = start()
     engine = driver.engine
     driver.malloc()
@@ -90,9 +90,9 @@ def test_a_claim_keeps_writers_and_removal_away(start: Callable[..., Any]) -> No
     assert refusal(lambda: engine.bdev_open("m0")) == busy
     assert refusal(lambda: engine.bdev_claim("m0", "other")) == busy
     assert refusal(lambda: engine.bdev_release("m0", "other")) == busy
-    assert refusal(lambda: driver.wait(engine.bdev_unregister("m0"))) == busy
     engine.bdev_release("m0", "lvol")
-    driver.wait(engine.bdev_unregister("m0"))
+    engine.bdev_claim("m0", "other")
+    driver.wait(engine.bdev_unregister("m0"))  # a claim is against writers, not against the removal
 
 
 def test_malloc_keeps_what_was_written(driver: Any) -> None:
@@ -156,7 +156,7 @@ def test_bad_ios_are_refused_before_they_start(start: Callable[..., Any]) -> Non
         (("read", 0, 0), "num_blocks 0: at least 1"),
         (("read", -1, 1), f"offset_blocks -1: 0 to {2**64 - 1}"),
         (("write", 0, 1), "data None: a write needs a buffer"),
-        (("write", 0, 2, bytes(512)), "data of 512 bytes: 1024 bytes, num_blocks 2 of 512"),
+        (("write", 0, 2, bytes(512)), "data of 512 bytes: 1024 bytes"),
         (("erase", 0, 1), "op erase: read, write, flush, unmap, write_zeroes or reset"),
     ]
     for args, text in invalid:
@@ -239,9 +239,9 @@ def test_more_ios_than_the_reactor_has_wait_their_turn(start: Callable[..., Any]
     tokens = [driver.engine.bdev_io(disk, "read", 0, 1) for _ in range(2000)]
     done = 0
     while done < 2000:
-        for slot, *_ in ring.fetch():
-            ring.complete(slot)
-            done += 1
+        for _, requests in ring.fetch():
+            ring.finish(requests)
+            done += len(requests)
         driver.drain(0.01)
     assert [driver.wait(token) for token in tokens] == [bytes(512)] * 2000
 

@@ -61,6 +61,8 @@ bitflags! {
         const FUA = 1 << 0;
         /// Write zeroes must keep the range allocated (virtio: no UNMAP flag).
         const NO_UNMAP = 1 << 1;
+        /// Reset: I/O in flight ends by itself, and is not asked to.
+        const DRAIN = 1 << 4;
         /// Zcopy: the memory that is lent holds the range's data when it is had.
         const POPULATE = 1 << 2;
         /// Zcopy: what is in the memory that was lent becomes the range's data.
@@ -164,7 +166,7 @@ pub struct Io {
     pub(crate) split_blocks: u64,
     /// First block of a copy's source.
     pub source_lba: u64,
-    /// Metadata.
+    /// Metadata, all of the range's or none; a device that has none does not look at it.
     pub metadata: SgList,
     /// For [`Op::NvmeIo`] and [`Op::NvmeAdmin`].
     pub command: [u8; 64],
@@ -236,6 +238,11 @@ impl Io {
     pub fn pop(&mut self) -> Frame {
         self.depth -= 1;
         self.frames[usize::from(self.depth)]
+    }
+
+    /// Bytes in the list of metadata.
+    pub fn metadata_bytes(&self) -> u64 {
+        self.metadata.iter().map(|entry| u64::from(entry.length)).sum()
     }
 
     /// Bytes in the list.

@@ -288,7 +288,9 @@ impl Drop for Resetting {
 }
 
 /// Resets a device for the I/O `io` of reactor `origin`: all channels quiet, then reset, then on.
-pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, io: IoId) {
+///
+/// `abort`: I/O in flight is asked to end; else it ends by itself.
+pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, io: IoId, abort: bool) {
     // Said unless it comes to the end: the device went first.
     let mut resetting = Resetting { origin, io, status: Status::INVALID_NAMESPACE };
     let shared = registry.clone();
@@ -313,7 +315,7 @@ pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, 
                 };
                 on_channels(&registry, device, Stance::Neither, each, go_on);
             };
-            let stop = |layer: &mut Layer, reactor: &mut Reactor, channel, part| quiesce(layer, reactor, channel, true, part);
+            let stop = move |layer: &mut Layer, reactor: &mut Reactor, channel, part| quiesce(layer, reactor, channel, abort, part);
             on_channels(&registry, device, Stance::Hold, stop, restart);
         }),
     );

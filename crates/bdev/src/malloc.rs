@@ -23,6 +23,8 @@ const LINES: u64 = 16;
 pub struct Malloc {
     info: Info,
     memory: Arc<Mapping>,
+    /// Of all blocks, one after the other.
+    metadata: Option<Arc<Mapping>>,
 }
 
 impl Malloc {
@@ -39,12 +41,25 @@ impl Malloc {
         info.uuid = uuid.unwrap_or(info.uuid);
         info.physical_block_size = block_size.max(physical_block_size);
         info.optimal_io_boundary = optimal_io_boundary;
-        info.supported =
-            OpSet::of(&[Op::Read, Op::Write, Op::WriteZeroes, Op::Unmap, Op::Copy, Op::ZcopyStart, Op::ZcopyEnd, Op::Reset]);
+        info.supported = OpSet::of(&[Op::Read, Op::Write, Op::WriteZeroes, Op::Unmap, Op::Copy, Op::ZcopyStart, Op::ZcopyEnd, Op::Reset]);
         info.check()?;
         let bytes = usize::try_from(info.bytes()).map_err(|_| BdevError::invalid("num_blocks", num_blocks, "what memory can hold"))?;
         let memory = Mapping::anonymous(bytes, Pages::Transparent)?;
-        Ok(Self { info, memory })
+        Ok(Self { info, memory, metadata: None })
+    }
+
+    /// With so many bytes of metadata for each block, kept apart from its data.
+    pub fn with_metadata(mut self, bytes: u32) -> Result<Self, BdevError> {
+        if ![0, 8, 16, 32, 64, 128].contains(&bytes) {
+            return Err(BdevError::invalid("md_size", bytes, "0, 8, 16, 32, 64 or 128"));
+        }
+        self.info.metadata_bytes = bytes;
+        if bytes > 0 {
+            let length = self.info.num_blocks.checked_mul(u64::from(bytes)).and_then(|length| usize::try_from(length).ok());
+            let length = length.ok_or_else(|| BdevError::invalid("num_blocks", self.info.num_blocks, "what memory can hold"))?;
+            self.metadata = Some(Mapping::anonymous(length, Pages::Normal)?);
+        }
+        Ok(self)
     }
 }
 
@@ -54,13 +69,16 @@ impl Device for Malloc {
     }
 
     fn open(&self, _: &mut Reactor, _: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
-        Ok(Box::new(MallocChannel { id, memory: Region::new(self.memory.clone()), shift: self.info.block_size.trailing_zeros() }))
+        let metadata = self.metadata.as_ref().map(|mapping| (Region::new(mapping.clone()), u64::from(self.info.metadata_bytes)));
+        Ok(Box::new(MallocChannel { id, memory: Region::new(self.memory.clone()), metadata, shift: self.info.block_size.trailing_zeros() }))
     }
 }
 
 struct MallocChannel {
     id: ChannelId,
     memory: Region,
+    /// And how many bytes a block.
+    metadata: Option<(Region, u64)>,
     shift: u32,
 }
 
@@ -74,6 +92,20 @@ impl MallocChannel {
             Op::Copy => self.memory.copy_from(offset, &self.memory, io.source_lba << self.shift, length),
             Op::ZcopyStart | Op::ZcopyEnd => Ok(()),
             _ => self.memory.release(offset, length),
+        }
+    }
+
+    /// What goes with the data, where the disk has such.
+    fn perform_metadata(&self, io: &Io) -> Result<(), MemoryError> {
+        let Some((metadata, bytes)) = &self.metadata else { return Ok(()) };
+        let (offset, length) = (io.lba * bytes, io.blocks * bytes);
+        match io.op {
+            Op::Read | Op::Write if io.metadata.is_empty() => Ok(()),
+            Op::Read => copy_list(&io.metadata, metadata, offset, length, true).map(drop),
+            Op::Write => copy_list(&io.metadata, metadata, offset, length, false).map(drop),
+            Op::Copy => metadata.copy_from(offset, metadata, io.source_lba * bytes, length),
+            Op::ZcopyStart | Op::ZcopyEnd => Ok(()),
+            _ => metadata.release(offset, length),
         }
     }
 
@@ -96,7 +128,8 @@ impl MallocChannel {
             if matches!(layer.io(*id).op, Op::ZcopyStart | Op::ZcopyEnd) {
                 self.lend(layer.io_mut(*id));
             }
-            if self.perform(layer.io(*id)).is_err() {
+            let io = layer.io(*id);
+            if self.perform(io).is_err() || (self.metadata.is_some() && self.perform_metadata(io).is_err()) {
                 // A list that leaves its region: the front end's fault, and only this I/O's.
                 layer.complete_all(self.id, &batch[start..position], Status::SUCCESS);
                 layer.complete(*id, Status::DATA_TRANSFER_ERROR);

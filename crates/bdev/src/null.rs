@@ -20,6 +20,12 @@ impl Null {
         info.supported = OpSet::of(&[Op::Read, Op::Write, Op::WriteZeroes, Op::Unmap, Op::Reset]);
         Self { info }
     }
+
+    /// With so many bytes of metadata for each block, which vanish like the data.
+    pub fn with_metadata(mut self, bytes: u32) -> Self {
+        self.info.metadata_bytes = bytes;
+        self
+    }
 }
 
 impl Device for Null {

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use qpair_bdev::measures::{self, Report};
 use qpair_bdev::null::Null;
 use qpair_bdev::stats::Reset;
-use qpair_bdev::{BdevError, Channel, ChannelId, Device, Info, Io, IoId, Layer, Notice, Op, OpSet, QueueId, Registry, Status, lifecycle};
+use qpair_bdev::{
+    BdevError, Channel, ChannelId, Device, Info, Io, IoFlags, IoId, Layer, Notice, Op, OpSet, QueueId, Registry, Status, lifecycle,
+};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
 use qpair_reactor::{Poller, Reactor};
@@ -308,6 +310,23 @@ fn removal_drains_then_aborts_then_is_gone() {
     bench.close();
     let layer = bench.layer.clone();
     assert_eq!(layer.borrow().ios(), (160, 160), "128, and 32 for the channel's children");
+}
+
+#[test]
+fn a_reset_aborts_or_drains() {
+    for (flags, aborts) in [(IoFlags::empty(), 1), (IoFlags::DRAIN, 0)] {
+        let mut bench = Bench::new(|_| {});
+        bench.submit(1, Op::Read, 0, 1, &[512]);
+        bench.submit_with(2, |io, _| (io.op, io.flags) = (Op::Reset, flags));
+        bench.rest();
+        bench.submit(3, Op::Read, 0, 1, &[512]);
+        assert_eq!((bench.aborts.lock().unwrap().len(), bench.ended.len()), (aborts, 0), "{flags:?}");
+        bench.end_one(Status::SUCCESS);
+        assert_eq!((bench.status(1), bench.status(2)), (Some(Status::SUCCESS), Some(Status::SUCCESS)));
+        assert_eq!(bench.device_has(), [(Op::Read, 0, 1)], "what came meanwhile goes on");
+        bench.end_one(Status::SUCCESS);
+        assert_eq!(bench.status(3), Some(Status::SUCCESS));
+    }
 }
 
 #[test]

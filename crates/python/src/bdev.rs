@@ -1,23 +1,21 @@
 //! The bdev room: creating, listing, measuring, resizing and removing bdevs, and single I/Os on them.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyMemoryView};
+use pyo3::types::PyDict;
 use qpair_bdev::malloc::Malloc;
-use qpair_bdev::measures::{self, Report};
 use qpair_bdev::null::Null;
-use qpair_bdev::stats::Reset;
-use qpair_bdev::{BdevError, Device, FileBdev, Info, Op, Stats, lifecycle};
-use qpair_memory::{Mapping, Pages, Region};
+use qpair_bdev::{BdevError, Device, FileBdev, Info, IoFlags, Op, lifecycle};
 use uuid::Uuid;
 
+use crate::bounce::Bounce;
 use crate::core::{Core, lock};
 use crate::engine::Engine;
-use crate::events::{Draft, Token};
-use crate::io::{self, IO_BYTES_MAX, Request};
+use crate::events::Draft;
+use crate::io::{self, Request};
+use crate::measures;
 use crate::values::{Failure, Number, Value};
 
 /// Operations by the names that Python gives them.
@@ -58,8 +56,8 @@ pub fn register(core: &Core, draft: Draft, device: Arc<dyn Device>) -> Result<u6
 #[pymethods]
 impl Engine {
     #[pyo3(
-        signature = (name, *, num_blocks, block_size, uuid=None, physical_block_size=Number::of(0)),
-        text_signature = "($self, name, *, num_blocks, block_size, uuid=None, physical_block_size=0)"
+        signature = (name, *, num_blocks, block_size, uuid=None, physical_block_size=Number::of(0), metadata_bytes=Number::of(0)),
+        text_signature = "($self, name, *, num_blocks, block_size, uuid=None, physical_block_size=0, metadata_bytes=0)"
     )]
     fn bdev_null_create(
         &self,
@@ -68,17 +66,23 @@ impl Engine {
         block_size: Number,
         uuid: Option<&str>,
         physical_block_size: Number,
+        metadata_bytes: Number,
     ) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
         let physical = physical_block_size.u32("physical_block_size")?;
-        let null = Null::new(name, block_size.u32("block_size")?, num_blocks.u64("num_blocks")?, parse_uuid(uuid)?, physical);
+        let null = Null::new(name, block_size.u32("block_size")?, num_blocks.u64("num_blocks")?, parse_uuid(uuid)?, physical)
+            .with_metadata(metadata_bytes.u32("metadata_bytes")?);
         Ok(register(core, draft, Arc::new(null))?)
     }
 
     #[pyo3(
-        signature = (name, *, num_blocks, block_size, uuid=None, physical_block_size=Number::of(0), optimal_io_boundary=Number::of(0)),
-        text_signature = "($self, name, *, num_blocks, block_size, uuid=None, physical_block_size=0, optimal_io_boundary=0)"
+        signature = (
+            name, *, num_blocks, block_size, uuid=None, physical_block_size=Number::of(0), optimal_io_boundary=Number::of(0),
+            metadata_bytes=Number::of(0)
+        ),
+        text_signature = "($self, name, *, num_blocks, block_size, uuid=None, physical_block_size=0, optimal_io_boundary=0, metadata_bytes=0)"
     )]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of the Python contract")]
     fn bdev_malloc_create(
         &self,
         name: &str,
@@ -87,6 +91,7 @@ impl Engine {
         uuid: Option<&str>,
         physical_block_size: Number,
         optimal_io_boundary: Number,
+        metadata_bytes: Number,
     ) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
         let malloc = Malloc::new(
@@ -97,6 +102,8 @@ impl Engine {
             physical_block_size.u32("physical_block_size")?,
             optimal_io_boundary.u32("optimal_io_boundary")?,
         );
+        let metadata_bytes = metadata_bytes.u32("metadata_bytes")?;
+        let malloc = malloc.and_then(|malloc| malloc.with_metadata(metadata_bytes));
         Ok(register(core, draft, Arc::new(malloc.map_err(Failure::from)?))?)
     }
 
@@ -151,24 +158,17 @@ impl Engine {
 
     #[pyo3(signature = (name=None))]
     fn bdev_info<'py>(&self, py: Python<'py>, name: Option<&str>) -> PyResult<Vec<Bound<'py, PyDict>>> {
-        let found = self.running()?.registry.list(name).map_err(Failure::from)?;
+        let registry = &self.running()?.registry;
+        let found = registry.list(name).map_err(Failure::from)?;
         let dicts = found.iter().map(|listing| {
             let dict = info_dict(py, &listing.info)?;
+            measures::limits_into(&dict, registry, listing.id)?;
             dict.set_item("claimed_by", &listing.claimed_by)?;
             dict.set_item("removing", listing.removing)?;
             dict.set_item("open_count", listing.open_count)?;
             Ok(dict)
         });
         dicts.collect()
-    }
-
-    #[pyo3(signature = (name=None, *, reset=false))]
-    fn bdev_iostat(&self, name: Option<&str>, reset: bool) -> PyResult<u64> {
-        let (core, draft) = self.begin()?;
-        let names = core.registry.list(name).map_err(Failure::from)?.into_iter().map(|listing| listing.info.name.clone());
-        let (number, token) = (draft.number(), draft.commit());
-        gather_statistics(core, names.collect(), name.is_some(), reset, token);
-        Ok(number)
     }
 
     fn bdev_claim(&self, name: &str, owner: &str) -> PyResult<()> {
@@ -203,9 +203,13 @@ impl Engine {
     }
 
     #[pyo3(
-        signature = (descriptor, op, offset_blocks=Number::of(0), num_blocks=Number::of(0), data=None, *, source_blocks=Number::of(0)),
-        text_signature = "($self, descriptor, op, offset_blocks=0, num_blocks=0, data=None, *, source_blocks=0)"
+        signature = (
+            descriptor, op, offset_blocks=Number::of(0), num_blocks=Number::of(0), data=None, *,
+            source_blocks=Number::of(0), metadata=None, fua=false, drain=false
+        ),
+        text_signature = "($self, descriptor, op, offset_blocks=0, num_blocks=0, data=None, *, source_blocks=0, metadata=None, fua=False, drain=False)"
     )]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of the Python contract")]
     fn bdev_io(
         &self,
         descriptor: Number,
@@ -214,6 +218,9 @@ impl Engine {
         num_blocks: Number,
         data: Option<&Bound<'_, PyAny>>,
         source_blocks: Number,
+        metadata: Option<&Bound<'_, PyAny>>,
+        fua: bool,
+        drain: bool,
     ) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
         let number = descriptor.u64("descriptor")?;
@@ -232,14 +239,12 @@ impl Engine {
         if op == Op::Copy {
             check_range(&info, source_lba, blocks)?;
         }
-        let bounce = match op {
-            Op::Read => Some(bounce(&info, blocks)?),
-            Op::Write | Op::Compare => Some(filled_bounce(&info, blocks, data)?),
-            Op::CompareAndWrite => Some(filled_bounce(&info, blocks.saturating_mul(2), data)?),
-            _ => None,
-        };
+        let bounce = Bounce::new(&info, op, blocks, data, metadata)?;
+        let mut flags = IoFlags::empty();
+        flags.set(IoFlags::FUA, fua);
+        flags.set(IoFlags::DRAIN, drain);
         let (answer, token) = (draft.number(), draft.commit());
-        let request = Request { number, descriptor, op, lba, source_lba, action: 0, blocks, bounce, token };
+        let request = Request { number, descriptor, op, lba, source_lba, action: 0, blocks, flags, bounce, token };
         core.home().call(move |reactor| io::start(reactor, request));
         Ok(answer)
     }
@@ -247,6 +252,11 @@ impl Engine {
 
 pub fn not_open(number: u64) -> Failure {
     Failure::new(libc::EBADF, format!("descriptor {number} is not open"))
+}
+
+/// An operation's name, as Python has it.
+pub fn op_name(op: Op) -> &'static str {
+    OPS.iter().chain(&OTHERS).find(|(_, known)| *known == op).map_or("other", |(name, _)| *name)
 }
 
 fn parse_op(name: &str) -> Result<Op, Failure> {
@@ -268,38 +278,6 @@ pub fn check_range(info: &Info, lba: u64, blocks: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-fn bounce(info: &Info, blocks: u64) -> Result<(Arc<Mapping>, u32), Failure> {
-    let limit = IO_BYTES_MAX / u64::from(info.block_size);
-    if blocks > limit {
-        return Err(Failure::invalid("num_blocks", blocks, format_args!("at most {limit} in one I/O ({IO_BYTES_MAX} bytes)")));
-    }
-    let bytes = blocks * u64::from(info.block_size);
-    Ok((Mapping::anonymous(bytes as usize, Pages::Normal)?, bytes as u32))
-}
-
-pub fn filled_bounce(info: &Info, blocks: u64, data: Option<&Bound<'_, PyAny>>) -> PyResult<(Arc<Mapping>, u32)> {
-    let Some(data) = data else { return Err(Failure::invalid("data", "None", "a write needs a buffer").into()) };
-    let (mapping, length) = bounce(info, blocks)?;
-    // Any item format: what is written is the bytes. Refused by memoryview if they do not lie in one piece.
-    let bytes = PyMemoryView::from(data)?.call_method1("cast", ("B",))?;
-    let buffer = PyBuffer::<u8>::get(&bytes)?;
-    if buffer.len_bytes() != length as usize {
-        let limit = format!("{length} bytes, num_blocks {blocks} of {}", info.block_size);
-        return Err(Failure::invalid("data", format_args!("of {} bytes", buffer.len_bytes()), limit).into());
-    }
-    copy_in(&buffer, &mapping)?;
-    Ok((mapping, length))
-}
-
-fn copy_in(buffer: &PyBuffer<u8>, mapping: &Arc<Mapping>) -> Result<(), Failure> {
-    let into = Region::new(mapping.clone()).pointer(0, buffer.len_bytes() as u64)?;
-    // SAFETY: `buf_ptr` is good for `len_bytes` bytes as long as `buffer` lives, contiguous because it is a cast
-    // memoryview; `into` is good for as many, in a mapping that nobody else knows yet. Raw pointers throughout: another
-    // Python thread without the GIL may write to the source, and the copy then has some mixture of its bytes.
-    unsafe { std::ptr::copy_nonoverlapping(buffer.buf_ptr().cast::<u8>().cast_const(), into, buffer.len_bytes()) };
-    Ok(())
-}
-
 fn info_dict<'py>(py: Python<'py>, info: &Info) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("name", &info.name)?;
@@ -309,6 +287,7 @@ fn info_dict<'py>(py: Python<'py>, info: &Info) -> PyResult<Bound<'py, PyDict>> 
     dict.set_item("block_size", info.block_size)?;
     dict.set_item("num_blocks", info.num_blocks)?;
     dict.set_item("write_unit", info.write_unit_blocks)?;
+    dict.set_item("metadata_bytes", info.metadata_bytes)?;
     dict.set_item("physical_block_size", info.physical_block_size)?;
     dict.set_item("optimal_io_boundary", info.optimal_io_boundary)?;
     dict.set_item("max_io_blocks", info.max_io_blocks)?;
@@ -349,65 +328,4 @@ fn does(info: &Info, op: Op) -> bool {
         Op::WriteZeroes => written || (info.supported.has(op) && !info.readonly),
         _ => info.supported.has(op) && !info.readonly,
     }
-}
-
-/// Several bdevs' counters, answered when the last has come.
-struct Gathering {
-    token: Option<Token>,
-    missing: usize,
-    found: Vec<(String, Stats)>,
-}
-
-fn gather_statistics(core: &Core, names: Vec<String>, strict: bool, reset: bool, token: Token) {
-    let gathering = Arc::new(Mutex::new(Gathering { token: Some(token), missing: names.len() + 1, found: Vec::new() }));
-    for name in names {
-        let (gathering, told) = (gathering.clone(), name.clone());
-        let reply = move |outcome: Result<Report, BdevError>| {
-            let mut gathering = lock(&gathering);
-            match outcome {
-                Ok(report) => gathering.found.push((told, report.total)),
-                Err(error) if strict => gathering.fail(error),
-                // In a list of all, one that went meanwhile is simply not there.
-                Err(_) => {}
-            }
-            gathering.one_less();
-        };
-        measures::statistics(&core.registry, &name, if reset { Reset::All } else { Reset::None }, Box::new(reply));
-    }
-    lock(&gathering).one_less();
-}
-
-impl Gathering {
-    fn fail(&mut self, error: BdevError) {
-        if let Some(token) = self.token.take() {
-            token.answer(Err(error));
-        }
-    }
-
-    fn one_less(&mut self) {
-        self.missing -= 1;
-        if self.missing == 0
-            && let Some(token) = self.token.take()
-        {
-            let mut found = std::mem::take(&mut self.found);
-            found.sort_by(|(a, _), (b, _)| a.cmp(b));
-            token.answer(Ok::<_, Failure>(Value::Statistics(found)));
-        }
-    }
-}
-
-pub fn statistics_dict<'py>(py: Python<'py>, name: &str, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    dict.set_item("name", name)?;
-    for (kind, latency) in [("read", &stats.read), ("write", &stats.write), ("unmap", &stats.unmap), ("copy", &stats.copy)] {
-        dict.set_item(format!("{kind}_ios"), latency.ios)?;
-        dict.set_item(format!("{kind}_bytes"), latency.bytes)?;
-        dict.set_item(format!("{kind}_ns"), latency.total_ns)?;
-        dict.set_item(format!("max_{kind}_ns"), latency.max_ns)?;
-        dict.set_item(format!("min_{kind}_ns"), latency.min_ns.unwrap_or(0))?;
-    }
-    dict.set_item("flush_ios", stats.flush_ios)?;
-    dict.set_item("write_zeroes_ios", stats.write_zeroes_ios)?;
-    dict.set_item("errors", stats.errors.total())?;
-    Ok(dict)
 }

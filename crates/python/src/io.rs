@@ -14,10 +14,11 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use qpair_bdev::{ChannelId, Descriptor, IoId, Layer, Op, QueueId, Status};
-use qpair_memory::{Mapping, Region, Sge};
-use qpair_reactor::{Poller, Reactor};
+use qpair_bdev::{ChannelId, Descriptor, IoFlags, IoId, Layer, Op, QueueId, Status};
+use qpair_memory::{Region, Sge};
+use qpair_reactor::{LocalWaker, Poller, Reactor};
 
+use crate::bounce::Bounce;
 use crate::events::Token;
 use crate::values::{Failure, ReadData, Value};
 
@@ -35,15 +36,16 @@ pub struct Request {
     /// Of zone management.
     pub action: u8,
     pub blocks: u64,
+    pub flags: IoFlags,
     /// For what has data.
-    pub bounce: Option<(Arc<Mapping>, u32)>,
+    pub bounce: Option<Bounce>,
     pub token: Token,
 }
 
 struct Pending {
     descriptor: u64,
     op: Op,
-    bounce: Option<(Arc<Mapping>, u32)>,
+    bounce: Option<Bounce>,
     token: Token,
 }
 
@@ -54,8 +56,9 @@ struct Closing {
 }
 
 struct FrontEnd {
-    queue: QueueId,
-    channels: HashMap<u64, ChannelId>,
+    waker: LocalWaker,
+    /// By descriptor; each has a queue of its own, so that its time-out knows its I/O.
+    channels: HashMap<u64, (ChannelId, QueueId)>,
     pending: HashMap<u64, Pending>,
     tags: u64,
     waiting: VecDeque<Request>,
@@ -76,10 +79,9 @@ fn front_end(reactor: &mut Reactor) -> Rc<RefCell<FrontEnd>> {
         return found.clone();
     }
     let poller = reactor.reserve_poller("bdev_io");
-    let layer = Layer::of(reactor);
     let waker = reactor.waker(poller).unwrap_or_else(|| unreachable!("reserved above"));
     let front_end = Rc::new(RefCell::new(FrontEnd {
-        queue: layer.borrow_mut().add_queue(waker),
+        waker,
         channels: HashMap::new(),
         pending: HashMap::new(),
         tags: 0,
@@ -120,8 +122,8 @@ pub fn when_idle(reactor: &mut Reactor, then: Box<dyn FnOnce()>) {
 impl FrontEnd {
     fn start_waiting(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
         while let Some(request) = self.waiting.pop_front() {
-            let channel = match self.channel(layer, reactor, &request) {
-                Ok(channel) => channel,
+            let place = match self.channel(layer, reactor, &request) {
+                Ok(place) => place,
                 Err(failure) => {
                     request.token.answer(Err(failure));
                     continue;
@@ -131,31 +133,37 @@ impl FrontEnd {
                 self.waiting.push_front(request);
                 break;
             };
-            self.submit(layer, reactor, channel, id, request);
+            self.submit(layer, reactor, place, id, request);
         }
         layer.unplug(reactor);
     }
 
-    fn channel(&mut self, layer: &mut Layer, reactor: &mut Reactor, request: &Request) -> Result<ChannelId, Failure> {
-        if let Some(channel) = self.channels.get(&request.number) {
-            return Ok(*channel);
+    fn channel(&mut self, layer: &mut Layer, reactor: &mut Reactor, request: &Request) -> Result<(ChannelId, QueueId), Failure> {
+        if let Some(place) = self.channels.get(&request.number) {
+            return Ok(*place);
         }
         let channel = request.descriptor.channel(reactor, layer)?;
-        self.channels.insert(request.number, channel);
-        Ok(channel)
+        let place = (channel, layer.add_queue_for(self.waker.clone(), &request.descriptor));
+        self.channels.insert(request.number, place);
+        Ok(place)
     }
 
-    fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, id: IoId, request: Request) {
+    fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, (channel, queue): (ChannelId, QueueId), id: IoId, request: Request) {
         self.tags += 1;
         let io = layer.io_mut(id);
         (io.op, io.lba, io.blocks, io.source_lba) = (request.op, request.lba, request.blocks, request.source_lba);
         if request.op == Op::ZoneManagement {
             io.command[0] = request.action;
         }
-        if let Some((mapping, length)) = &request.bounce {
-            io.list.push(Sge { region: Region::new(mapping.clone()), offset: 0, length: *length });
+        io.flags |= request.flags;
+        if let Some(Bounce { memory, data, metadata }) = &request.bounce {
+            let region = Region::new(memory.clone());
+            if let Some(length) = *metadata {
+                io.metadata.push(Sge { region: region.clone(), offset: u64::from(*data), length });
+            }
+            io.list.push(Sge { region, offset: 0, length: *data });
         }
-        io.push(self.queue, self.tags);
+        io.push(queue, self.tags);
         let Request { number, op, bounce, token, .. } = request;
         self.pending.insert(self.tags, Pending { descriptor: number, op, bounce, token });
         layer.submit(reactor, channel, &[id]);
@@ -169,8 +177,8 @@ impl FrontEnd {
         let value = match bounce {
             _ if op == Op::ZoneAppend => Value::Integer(result),
             // A report is the only zone management with data.
-            Some((memory, length)) if op == Op::Read || op == Op::ZoneManagement => {
-                Value::Read(ReadData { memory, length: length as usize })
+            Some(Bounce { memory, data, metadata }) if op == Op::Read || op == Op::ZoneManagement => {
+                Value::Read(ReadData { memory, data: data as usize, metadata: metadata.map(|length| length as usize) })
             }
             _ => Value::Nothing,
         };
@@ -187,8 +195,9 @@ impl FrontEnd {
                 self.closing.push(closing);
                 continue;
             }
-            if let Some(channel) = self.channels.remove(&closing.descriptor) {
+            if let Some((channel, queue)) = self.channels.remove(&closing.descriptor) {
                 layer.close_channel(reactor, channel);
+                layer.remove_queue(queue);
             }
             if let Some(token) = closing.token {
                 token.answer(Ok::<_, Failure>(Value::Nothing));
@@ -208,7 +217,10 @@ impl Poller for FrontEndPoller {
         let layer = Layer::of(reactor);
         let (mut this, mut layer) = (self.0.borrow_mut(), layer.borrow_mut());
         let mut reaped = std::mem::take(&mut this.reaped);
-        layer.reap(reactor, this.queue, &mut reaped);
+        layer.settle(reactor);
+        for (_, queue) in this.channels.values().filter(|(_, queue)| layer.has_completions(*queue)).collect::<Vec<_>>() {
+            layer.reap(reactor, *queue, &mut reaped);
+        }
         let count = reaped.len();
         for id in reaped.drain(..) {
             let frame = layer.retrieve(id);
@@ -230,7 +242,9 @@ impl Poller for FrontEndPoller {
     fn arm(&mut self, reactor: &mut Reactor) -> bool {
         let this = self.0.borrow();
         // Who gives an I/O back wakes nobody: while requests wait for one, look again.
-        this.waiting.is_empty() && !Layer::of(reactor).borrow().has_completions(this.queue)
+        let layer = Layer::of(reactor);
+        let layer = layer.borrow();
+        this.waiting.is_empty() && !this.channels.values().any(|(_, queue)| layer.has_completions(*queue))
     }
 
     fn poisoned(&mut self, _: &mut Reactor, why: &str) {

@@ -12,9 +12,13 @@ use std::sync::Arc;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyInt};
-use qpair_bdev::{BdevError, Stats, Status};
+use qpair_bdev::histogram::Histogram;
+use qpair_bdev::measures::Report;
+use qpair_bdev::{BdevError, Status};
 use qpair_memory::{Mapping, MemoryError, Region};
-use qpair_perf::Report;
+use qpair_perf::Report as PerfReport;
+
+use crate::measures;
 
 pyo3::create_exception!(
     qpair._engine,
@@ -118,14 +122,22 @@ impl Number {
 /// Bytes of a finished read, still where the device put them: copied on the thread that asks, not on a reactor.
 pub struct ReadData {
     pub memory: Arc<Mapping>,
-    pub length: usize,
+    pub data: usize,
+    /// How many bytes behind the data are metadata; given apart if they were asked for.
+    pub metadata: Option<usize>,
 }
 
 impl ReadData {
     fn to_python(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let region = Region::new(self.memory.clone());
-        let bytes = PyBytes::new_with(py, self.length, |into| region.read(0, into).map_err(|error| Failure::from(error).into()))?;
-        Ok(bytes.into_any().unbind())
+        let piece = |from: usize, length: usize| {
+            PyBytes::new_with(py, length, |into| region.read(from as u64, into).map_err(|error| Failure::from(error).into()))
+        };
+        let data = piece(0, self.data)?;
+        match self.metadata {
+            None => Ok(data.into_any().unbind()),
+            Some(length) => Ok((data, piece(self.data, length)?).into_pyobject(py)?.into_any().unbind()),
+        }
     }
 }
 
@@ -134,8 +146,9 @@ pub enum Value {
     Nothing,
     Integer(u64),
     Read(ReadData),
-    Statistics(Vec<(String, Stats)>),
-    Perf(Box<Report>),
+    Statistics(Vec<(String, Report)>),
+    Histogram(Box<Histogram>),
+    Perf(Box<PerfReport>),
     /// A descriptor that is Python's from then on, and the size of what it maps.
     Inflight(OwnedFd, u64),
 }
@@ -148,8 +161,9 @@ impl Value {
             Self::Read(data) => data.to_python(py)?,
             Self::Perf(report) => crate::perf::report_dict(py, &report)?.into_any().unbind(),
             Self::Inflight(fd, size) => (fd.into_raw_fd(), size, 0).into_pyobject(py)?.into_any().unbind(),
+            Self::Histogram(histogram) => measures::histogram_dict(py, &histogram)?.into_any().unbind(),
             Self::Statistics(list) => {
-                let dicts = list.iter().map(|(name, stats)| crate::bdev::statistics_dict(py, name, stats)).collect::<PyResult<Vec<_>>>()?;
+                let dicts = list.iter().map(|(name, report)| measures::report_dict(py, name, report)).collect::<PyResult<Vec<_>>>()?;
                 dicts.into_pyobject(py)?.into_any().unbind()
             }
         })

@@ -6,14 +6,15 @@
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use qpair_bdev::{BdevError, Device, DeviceId, Op, Registry, Status, ZONE_DESCRIPTOR_BYTES, ZoneAction, lifecycle};
+use qpair_bdev::{BdevError, Device, DeviceId, IoFlags, Op, Registry, Status, ZONE_DESCRIPTOR_BYTES, ZoneAction, lifecycle};
 use qpair_memory::{Mapping, Pages};
 use qpair_vbdev::delay::{Delay, Latencies, Latency};
 use qpair_vbdev::error::{ErrorBdev, Errors, TARGETS, What};
 use qpair_vbdev::part::{Part, Range};
 use qpair_vbdev::zone_block::ZoneBlock;
 
-use crate::bdev::{check_range, filled_bounce, not_open, parse_uuid, register};
+use crate::bdev::{check_range, not_open, parse_uuid, register};
+use crate::bounce::Bounce;
 use crate::core::lock;
 use crate::engine::{Engine, not_forked};
 use crate::events::{Outbox, Token};
@@ -178,7 +179,7 @@ impl Engine {
             return Err(Failure::new(libc::EBADF, format!("descriptor {number} of bdev {} is open for reading only", info.name)).into());
         }
         let (op, bounce) = match managed {
-            None if action == "append" => (Op::ZoneAppend, Some(filled_bounce(&info, blocks, data)?)),
+            None if action == "append" => (Op::ZoneAppend, Bounce::new(&info, Op::ZoneAppend, blocks, data, None)?),
             None => return Err(Failure::invalid("action", action, "append, report, open, close, finish or reset").into()),
             Some(ZoneAction::Report) => {
                 let count = blocks / zoned.zone_blocks;
@@ -188,13 +189,14 @@ impl Engine {
                     );
                 }
                 let bytes = count * ZONE_DESCRIPTOR_BYTES;
-                (Op::ZoneManagement, Some((Mapping::anonymous(bytes as usize, Pages::Normal).map_err(Failure::from)?, bytes as u32)))
+                let memory = Mapping::anonymous(bytes as usize, Pages::Normal).map_err(Failure::from)?;
+                (Op::ZoneManagement, Some(Bounce { memory, data: bytes as u32, metadata: None }))
             }
             Some(_) => (Op::ZoneManagement, None),
         };
         let (answer, token) = (draft.number(), draft.commit());
         let action = managed.map_or(0, |action| action as u8);
-        let request = Request { number, descriptor, op, lba, source_lba: 0, action, blocks, bounce, token };
+        let request = Request { number, descriptor, op, lba, source_lba: 0, action, blocks, flags: IoFlags::empty(), bounce, token };
         core.home().call(move |reactor| io::start(reactor, request));
         Ok(answer)
     }

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qpair.app.stack import Stack
     from qpair.app.subsystems import ConfigEntry
 
-__all__ = ["BdevInfo", "BdevModule", "describe", "iostat"]
+__all__ = ["BdevInfo", "BdevModule", "Limits", "describe"]
 
 # SPDK's names in SPDK's order; the engine names those that it knows alike.
 IO_TYPES = (
@@ -46,7 +46,17 @@ HINTS = (
     "preferred_unmap_alignment",
     "preferred_unmap_granularity",
 )
+MIB = 1 << 20
 QOS_LIMITS = ("rw_ios_per_sec", "rw_mbytes_per_sec", "r_mbytes_per_sec", "w_mbytes_per_sec")
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Rates a second; 0: no limit."""
+
+    rw_ios: int = 0
+    rw_bytes: int = 0
+    r_bytes: int = 0
+    w_bytes: int = 0
 
 
 class BdevInfo(msgspec.Struct, frozen=True):
@@ -67,7 +77,11 @@ class BdevInfo(msgspec.Struct, frozen=True):
     supported: Mapping[str, bool]
     path: str | None
     version: int
+    zoned: Mapping[str, int] | None = None
     bases: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    qos_group: str | None = None
+    metadata_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -97,7 +111,11 @@ class BdevInfo(msgspec.Struct, frozen=True):
             supported=raw["supported"],
             path=raw["path"] or None,
             version=raw["version"],
+            zoned=raw.get("zoned"),
             bases=tuple(raw.get("bases", ())),
+            limits=Limits(*raw.get("limits", ())),
+            qos_group=raw.get("qos_group"),
+            metadata_bytes=raw.get("metadata_bytes", 0),
         )
 
 
@@ -136,40 +154,22 @@ def describe(info: BdevInfo, module: BdevModule | None, hints: Mapping[str, int]
         "num_blocks": info.num_blocks,
         **{name: hints.get(name, 0) for name in HINTS},
         "uuid": info.uuid,
-        "assigned_rate_limits": dict.fromkeys(QOS_LIMITS, 0),
+        **({"md_size": info.metadata_bytes, "md_interleave": False, "dif_type": 0} if info.metadata_bytes else {}),
+        "assigned_rate_limits": assigned(info.limits),
         "claimed": info.claimed_by is not None,
     }
     if info.claimed_by is not None:
         shown["claim_type"] = "exclusive_write"
-    shown["zoned"] = False
+    shown["zoned"] = info.zoned is not None
+    if info.zoned is not None:
+        shown.update({name: info.zoned[name] for name in ("zone_size", "max_open_zones", "optimal_open_zones")})
     shown["supported_io_types"] = dict(_io_types(tuple(info.supported.items())))
     shown["driver_specific"] = module.driver_specific(info) if module is not None else {}
     return shown
 
 
-def iostat(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One element of bdev_get_iostat's ``bdevs``, from one dict of ``Engine.bdev_iostat``. Ticks are nanoseconds."""
-    return {
-        "name": raw["name"],
-        "bytes_read": raw["read_bytes"],
-        "num_read_ops": raw["read_ios"],
-        "bytes_written": raw["write_bytes"],
-        "num_write_ops": raw["write_ios"],
-        "bytes_unmapped": raw["unmap_bytes"],
-        "num_unmap_ops": raw["unmap_ios"],
-        "bytes_copied": 0,
-        "num_copy_ops": 0,
-        "read_latency_ticks": raw["read_ns"],
-        "max_read_latency_ticks": raw["max_read_ns"],
-        "min_read_latency_ticks": raw["min_read_ns"],
-        "write_latency_ticks": raw["write_ns"],
-        "max_write_latency_ticks": raw["max_write_ns"],
-        "min_write_latency_ticks": raw["min_write_ns"],
-        "unmap_latency_ticks": raw["unmap_ns"],
-        "max_unmap_latency_ticks": 0,
-        "min_unmap_latency_ticks": 0,
-        "copy_latency_ticks": 0,
-        "max_copy_latency_ticks": 0,
-        "min_copy_latency_ticks": 0,
-        "io_error": {"failed": raw["errors"]} if raw["errors"] else {},
-    }
+def assigned(limits: Limits) -> dict[str, int]:
+    """As bdev_get_bdevs shows it: megabytes, rounded up so that a limit never looks like none."""
+    return dict(
+        zip(QOS_LIMITS, (limits.rw_ios, *(-(-size // MIB) for size in (limits.rw_bytes, limits.r_bytes, limits.w_bytes))), strict=True)
+    )

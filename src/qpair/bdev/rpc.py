@@ -1,18 +1,16 @@
 """JSON-RPC methods of block devices, as SPDK's public schema declares them.
 
-Not implemented, and refused by name when asked for: metadata and protection information (``md_size``, ``dif_type``), per-channel statistics.
+Not implemented, and refused by name when asked for: metadata within the blocks and protection information (``md_interleave``, ``dif_type``).
 """
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
-from qpair.app.rpc import TICKS_A_SECOND
-from qpair.bdev.model import HINTS, iostat
-from qpair.errors import InvalidArgument, InvalidParameters, NoSuchDevice, Unsupported
+from qpair.bdev.model import HINTS
+from qpair.errors import InvalidArgument, InvalidParameters, NoSuchDevice
 from qpair.rpc.registry import Params, method
-from qpair.rpc.types import I32, U32, U64, ResetStatMode, Uuid
+from qpair.rpc.types import I32, U32, U64, Uuid
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
@@ -48,52 +46,6 @@ async def bdev_get_bdevs(stack: Stack, params: GetBdevs) -> list[dict[str, Any]]
                 raise
             # It, or what it stands on, went while the others were shown.
     return shown
-
-
-class GetIostat(Params):
-    """``reset_mode``: what to reset after reading; "all" and "none" are known."""
-
-    names: list[str] | None = None
-    per_channel: bool | None = None
-    reset_mode: ResetStatMode | None = None
-
-
-@method("bdev_get_iostat", params=GetIostat)
-async def bdev_get_iostat(stack: Stack, params: GetIostat) -> dict[str, Any]:
-    """Counters and latency sums since creation or the last reset; ticks are nanoseconds."""
-    if params.per_channel:
-        raise Unsupported("parameter 'per_channel': statistics are kept a bdev, not a channel")
-    reset = _reset(params.reset_mode)
-    if params.names is None:
-        raw = await stack.bdevs.iostat(reset=reset)
-    else:
-        if len(params.names) > NAMES_MAX:
-            raise InvalidParameters(f"parameter 'names': {len(params.names)} names are more than {NAMES_MAX}")
-        found = [stack.bdevs.info(name).name for name in params.names]  # all of them exist before any is reset
-        raw = [entry for name in found for entry in await stack.bdevs.iostat(name, reset=reset)]
-    return {"tick_rate": TICKS_A_SECOND, "ticks": time.monotonic_ns(), "bdevs": [iostat(entry) for entry in raw]}
-
-
-class ResetIostat(Params):
-    """Without ``name``: all bdevs."""
-
-    name: str | None = None
-    mode: ResetStatMode | None = None
-
-
-@method("bdev_reset_iostat", params=ResetIostat)
-async def bdev_reset_iostat(stack: Stack, params: ResetIostat) -> bool:
-    """Set counters to zero."""
-    name = None if params.name is None else stack.bdevs.info(params.name).name
-    if _reset(params.mode or "all"):
-        await stack.bdevs.iostat(name, reset=True)
-    return True
-
-
-def _reset(mode: str | None) -> bool:
-    if mode in ("maxmin", "error"):
-        raise Unsupported(f"reset mode {mode!r}: counters are reset together ('all') or not ('none')")
-    return mode == "all"
 
 
 class Named(Params):
@@ -136,11 +88,12 @@ class MallocCreate(Params):
 @method("bdev_malloc_create", params=MallocCreate)
 async def bdev_malloc_create(stack: Stack, params: MallocCreate) -> str:
     """A bdev in memory; the answer is its name."""
-    _no_metadata(params.md_size, params.dif_type)
+    _no_protection(params.dif_type, params.md_interleave)
     handle = await stack.bdevs.create_malloc(
         params.name,
         num_blocks=params.num_blocks,
         block_size=params.block_size,
+        metadata_bytes=params.md_size or 0,
         uuid=params.uuid,
         physical_block_size=params.physical_block_size or 0,
         optimal_io_boundary=params.optimal_io_boundary or 0,
@@ -170,11 +123,12 @@ class NullCreate(Params):
 @method("bdev_null_create", params=NullCreate)
 async def bdev_null_create(stack: Stack, params: NullCreate) -> str:
     """A bdev that keeps nothing; the answer is its name."""
-    _no_metadata(params.md_size, params.dif_type)
+    _no_protection(params.dif_type)
     handle = await stack.bdevs.create_null(
         params.name,
         num_blocks=params.num_blocks,
         block_size=params.block_size,
+        metadata_bytes=params.md_size or 0,
         uuid=params.uuid,
         physical_block_size=params.physical_block_size or 0,
         hints={name: value for name in HINTS if (value := getattr(params, name))},
@@ -282,8 +236,8 @@ async def bdev_uring_rescan(stack: Stack, params: Named) -> bool:
     return True
 
 
-def _no_metadata(md_size: int | None, dif_type: int | None) -> None:
-    if md_size:
-        raise InvalidArgument(f"parameter 'md_size': {md_size}; metadata is not supported, the limit is 0")
+def _no_protection(dif_type: int | None, md_interleave: bool | None = None) -> None:
+    if md_interleave:
+        raise InvalidArgument("parameter 'md_interleave': true; metadata within the blocks is not supported, only apart from them")
     if dif_type:
         raise InvalidArgument(f"parameter 'dif_type': {dif_type}; protection information is not supported, the limit is 0")

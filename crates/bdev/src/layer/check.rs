@@ -33,6 +33,7 @@ pub(super) fn is_plain(info: &Info, io: &Io) -> bool {
         && fits(info, io)
         && info.zoned.as_ref().is_none_or(|zoned| zoned.holds(io.lba, io.blocks))
         && io.list_bytes() == io.blocks << info.block_size.trailing_zeros()
+        && (info.metadata_bytes == 0 || metadata_fits(info, io))
         && (!writes || info.write_unit_blocks == 1)
 }
 
@@ -41,6 +42,11 @@ fn fits(info: &Info, io: &Io) -> bool {
     (info.max_io_blocks == 0 || io.blocks <= u64::from(info.max_io_blocks))
         && (info.max_segments == 0 || io.list.len() <= info.max_segments as usize)
         && (!info.split_on_boundary || !crosses(info, io))
+}
+
+/// Metadata is for those who want it. Devices without any ignore it: to look would cost each I/O a cache line.
+fn metadata_fits(info: &Info, io: &Io) -> bool {
+    io.metadata.is_empty() || io.metadata_bytes() == io.blocks * u64::from(info.metadata_bytes)
 }
 
 fn crosses(info: &Info, io: &Io) -> bool {
@@ -99,11 +105,13 @@ pub(super) fn route(info: &Info, io: &Io) -> Route {
 /// Whether the layer knows how to do this by reads and writes.
 pub(crate) fn can_emulate(info: &Info, op: Op) -> bool {
     let (reads, writes) = (info.supported.has(Op::Read), info.supported.has(Op::Write));
+    // What is composed moves data alone.
+    let plain = info.zoned.is_none() && info.metadata_bytes == 0;
     match op {
         Op::Compare => reads,
         // Both halves by the same side, or what one lends the other would be asked to take back.
-        Op::ZcopyStart | Op::ZcopyEnd => reads && writes && !info.supported.has(Op::ZcopyStart) && info.zoned.is_none(),
-        Op::CompareAndWrite | Op::Copy => reads && writes && info.zoned.is_none(),
+        Op::ZcopyStart | Op::ZcopyEnd => reads && writes && !info.supported.has(Op::ZcopyStart) && plain,
+        Op::CompareAndWrite | Op::Copy => reads && writes && plain,
         _ => false,
     }
 }
@@ -129,7 +137,8 @@ fn lend(info: &Info, io: &Io) -> Route {
 }
 
 fn transfer(info: &Info, io: &Io) -> Route {
-    if io.list_bytes() != io.blocks << info.block_size.trailing_zeros() || (io.op == Op::Write && !in_units(info, io)) {
+    let metadata_fits = info.metadata_bytes == 0 || metadata_fits(info, io);
+    if io.list_bytes() != io.blocks << info.block_size.trailing_zeros() || !metadata_fits || (io.op == Op::Write && !in_units(info, io)) {
         return Route::Answer(Status::INVALID_FIELD);
     }
     if fits(info, io) {

@@ -401,8 +401,8 @@ impl Layer {
                 // Not in flight itself: it waits for all that is.
                 io.flags |= IoFlags::SPLIT;
                 slot.resets += 1;
-                let (registry, device) = (slot.registry.clone(), slot.device_id);
-                lifecycle::reset(&registry, device, reactor.handle(), id);
+                let (registry, device, abort) = (slot.registry.clone(), slot.device_id, !io.flags.contains(IoFlags::DRAIN));
+                lifecycle::reset(&registry, device, reactor.handle(), id, abort);
             }
             Route::Answer(status) => self.refuse(channel, id, status),
         }

@@ -62,6 +62,7 @@ impl Layer {
         let (queue, now_ns) = (slot.split_queue, self.now_ns);
         let io = self.ios.get(parent);
         let (op, blocks) = part_of(&slot.info, io, self.zeros.as_ref(), &mut list);
+        let metadata = metadata_of(&slot.info, io, blocks);
         let io = self.ios.get_mut(parent);
         let lba = io.lba + io.split_blocks;
         io.split_blocks += blocks;
@@ -69,6 +70,9 @@ impl Layer {
         let flags = (io.flags - IoFlags::SPLIT) | IoFlags::CHILD;
         let io = self.ios.get_mut(child);
         (io.op, io.lba, io.blocks, io.list, io.flags) = (op, lba, blocks, list, flags);
+        if let Some(metadata) = metadata {
+            io.metadata = metadata;
+        }
         (io.status, io.state) = (Status::SUCCESS, State::Submitted);
         io.push(queue, parent.pack());
         let frame = io.frame_mut();
@@ -141,6 +145,17 @@ fn part_of(info: &Info, io: &Io, zeros: Option<&Region>, list: &mut SgList) -> (
         slice(&io.list, start, blocks * block, usize::MAX, list);
     }
     (io.op, blocks)
+}
+
+/// The metadata of a piece of a parent, where there are any.
+fn metadata_of(info: &Info, io: &Io, blocks: u64) -> Option<SgList> {
+    if info.metadata_bytes == 0 {
+        return None;
+    }
+    let bytes = u64::from(info.metadata_bytes);
+    let mut list = SgList::new();
+    slice(&io.metadata, io.split_blocks * bytes, blocks * bytes, usize::MAX, &mut list);
+    Some(list)
 }
 
 /// How many of `left` blocks at `lba` one transfer may have, by size and boundary.
