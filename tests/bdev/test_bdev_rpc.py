@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qpair.errors import InvalidArgument, NoSuchBdev, Unsupported
+from qpair.errors import InvalidArgument, NoSuchBdev
 
 UUID = "1c2f2f5e-0c43-4a39-b1c5-6d38a0b9e0d2"
 
@@ -67,8 +67,6 @@ async def test_iostat_counts_and_resets(stack: Any) -> None:
     assert (await stack.rpc("bdev_get_iostat"))["bdevs"][0]["num_read_ops"] == 0
     with pytest.raises(NoSuchBdev):
         await stack.rpc("bdev_get_iostat", names=["m0", "nothing"])
-    with pytest.raises(Unsupported, match="'per_channel'"):
-        await stack.rpc("bdev_get_iostat", names=["m0"], per_channel=True)
 
 
 async def test_deleting_by_the_wrong_kind_is_no_such_device(stack: Any) -> None:
