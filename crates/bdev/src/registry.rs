@@ -71,6 +71,8 @@ pub struct Registry {
 /// What a look-up tells beside the snapshot.
 #[derive(Clone, Debug)]
 pub struct Listing {
+    /// Which device.
+    pub id: DeviceId,
     /// The snapshot in force.
     pub info: Arc<Info>,
     /// Who claimed it.
@@ -141,6 +143,7 @@ impl Registry {
     pub fn list(&self, name: Option<&str>) -> Result<Vec<Listing>, BdevError> {
         let inner = self.lock();
         let listing = |entry: &Entry| Listing {
+            id: entry.id,
             info: entry.info.clone(),
             claimed_by: entry.claimed_by.clone(),
             removing: entry.removing,

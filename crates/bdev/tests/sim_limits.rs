@@ -227,7 +227,9 @@ fn remove(world: &mut World, registry: &Arc<Registry>, name: &str) {
 /// What a window may hold beside what its time allows: the millisecond that is never lost, a slice for each channel, the I/O that starts last, and
 /// how late a reactor may be.
 fn slack(rate: u64, channels: usize, largest: u64) -> f64 {
-    rate as f64 * (BURST_NS + (channels as u64 + 1) * SLICE_NS) as f64 / 1e9 + (largest * (channels as u64 + 1)) as f64 + rate as f64 * LATE_NS / 1e9
+    rate as f64 * (BURST_NS + (channels as u64 + 1) * SLICE_NS) as f64 / 1e9
+        + (largest * (channels as u64 + 1)) as f64
+        + rate as f64 * LATE_NS / 1e9
 }
 
 /// The simulator lets reactors oversleep, as machines do: now and then by up to a millisecond, rarely several times in a row.
@@ -381,7 +383,11 @@ fn a_limit_changed_under_load_holds_from_then_on() {
             let within: Vec<Seen> = seen.iter().filter(|one| (first..last).contains(&one.at_ns)).copied().collect();
             let allowed = *rate as f64 * 0.19;
             assert!(within.len() as f64 >= allowed * 0.98 - 4.0, "{} of {allowed} in phase {number} of {rates:?}", within.len());
-            assert!(within.len() as f64 <= allowed + slack(*rate, reactors, 1), "{} of {allowed} in phase {number} of {rates:?}", within.len());
+            assert!(
+                within.len() as f64 <= allowed + slack(*rate, reactors, 1),
+                "{} of {allowed} in phase {number} of {rates:?}",
+                within.len()
+            );
         }
         remove(&mut world, &registry, "disk");
     });

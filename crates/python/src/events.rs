@@ -16,9 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use pyo3::prelude::*;
 use qpair_bdev::Notice;
+use qpair_bdev::layer::watch::Late;
 use qpair_reactor::event::Event;
 use qpair_reactor::log::{self, Level, Line};
 
+use crate::measures::IoTimeout;
 use crate::values::{Failure, Value};
 
 const DROPPED: &str = "the engine stopped before this was done";
@@ -26,7 +28,8 @@ const DROPPED: &str = "the engine stopped before this was done";
 /// Something for Python.
 pub enum News {
     Reply { token: u64, outcome: Result<Value, Failure> },
-    Bdev { kind: &'static str, name: String },
+    Bdev { kind: &'static str, name: String, limit: Option<(&'static str, u64)> },
+    Late { descriptor: u64, late: Late },
     Session { session: u64, kind: &'static str, queue: Option<u16>, reason: String },
     Log(Line),
     PythonBdev { ring: u64 },
@@ -86,7 +89,8 @@ impl Outbox {
             Notice::Resized(name) => ("resized", name),
             Notice::Throttled { name, .. } => ("throttled", name),
         };
-        self.push(News::Bdev { kind, name: name.clone() });
+        let limit = if let Notice::Throttled { limit, value, .. } = notice { Some((*limit, *value)) } else { None };
+        self.push(News::Bdev { kind, name: name.clone(), limit });
     }
 
     /// No more tokens from now on.
@@ -250,11 +254,12 @@ pub struct Reply {
     value: Py<PyAny>,
 }
 
-/// A bdev appeared, went, changed its size or failed.
+/// A bdev appeared, went, changed its size, failed, or began to be held back by a limit.
 #[pyclass(frozen, get_all, module = "qpair._engine")]
 pub struct BdevEvent {
     kind: &'static str,
     name: String,
+    limit: Option<(&'static str, u64)>,
 }
 
 /// A vhost session ended itself: Python closes the socket.
@@ -293,7 +298,8 @@ impl News {
     pub fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         Ok(match self {
             Self::Reply { token, outcome } => Py::new(py, Reply::new(py, token, outcome))?.into_any(),
-            Self::Bdev { kind, name } => Py::new(py, BdevEvent { kind, name })?.into_any(),
+            Self::Bdev { kind, name, limit } => Py::new(py, BdevEvent { kind, name, limit })?.into_any(),
+            Self::Late { descriptor, late } => Py::new(py, IoTimeout::of(descriptor, &late))?.into_any(),
             Self::Session { session, kind, queue, reason } => Py::new(py, SessionEvent { session, kind, queue, reason })?.into_any(),
             Self::Log(Line { level, component, message, suppressed }) => {
                 let level = match level {

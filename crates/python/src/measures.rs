@@ -273,7 +273,7 @@ pub fn report_dict<'py>(py: Python<'py>, name: &str, report: &Report) -> PyResul
 
 fn statistics_dict<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
-    let mut latency = |kind: &str, latency: &Latency| -> PyResult<()> {
+    let latency = |kind: &str, latency: &Latency| -> PyResult<()> {
         dict.set_item(format!("{kind}_ios"), latency.ios)?;
         dict.set_item(format!("{kind}_bytes"), latency.bytes)?;
         dict.set_item(format!("{kind}_ns"), latency.total_ns)?;
