@@ -269,17 +269,50 @@ async def test_any_bytes_are_answered_or_the_connection_ends(data: bytes) -> Non
         writer.close()
 
 
-async def test_curl_is_served_with_and_without_tls(stack: Any, client: Any, tmp_path: Path) -> None:
-    curl, openssl = shutil.which("curl"), shutil.which("openssl")
-    if curl is None or openssl is None:
-        missing("curl and openssl", "apt-get install curl openssl")
-    certificate = tmp_path / "server.pem"
+@pytest_asyncio.fixture
+async def certificate(client: Any, tmp_path: Path) -> Path:
+    """A fresh PEM of a key and a certificate for 127.0.0.1; the certificate alone lies beside it as ``cert``."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        missing("openssl", "apt-get install openssl")
     code, _, err = await client(
         openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
         "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert"),
     )  # fmt: skip
     assert code == 0, err
-    certificate.write_text((tmp_path / "key").read_text() + (tmp_path / "cert").read_text())
+    path = tmp_path / "server.pem"
+    path.write_text((tmp_path / "key").read_text() + (tmp_path / "cert").read_text())
+    return path
+
+
+async def test_a_peer_that_ends_no_handshake_is_counted_and_cut_off(
+    stack: Any, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(http_module, "HEADER_S_MAX", 0.5)
+    monkeypatch.setattr(http_module, "CONNECTIONS_MAX", 8)
+    server = await stack.listen_http("127.0.0.1:0", USER, PASSWORD, certificate=str(certificate))
+    silent = [await connect(server) for _ in range(12)]
+    silent[0][1].write(b"POST / HTTP/1.1\r\n\r\n")  # plain text is no handshake
+    await asyncio.sleep(0.1)
+    assert len(server._tasks) <= 8
+    assert [await asyncio.wait_for(reader.read(), 5) for reader, _ in silent][1:] == [b""] * 11
+    for _, writer in silent:
+        writer.close()
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "cert"))
+    for _ in range(3):
+        peers = await asyncio.gather(*(connect(server, ssl=trusted, ssl_shutdown_timeout=1) for _ in range(8)))
+        for _, writer in peers:
+            writer.write(post(VERSION, b"Connection: close"))
+        assert [(await response(reader))[0] for reader, _ in peers] == [200] * 8
+        for _, writer in peers:
+            writer.close()
+        await asyncio.sleep(0.05)
+
+
+async def test_curl_is_served_with_and_without_tls(stack: Any, client: Any, tmp_path: Path, certificate: Path) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        missing("curl", "apt-get install curl")
     plain = await stack.listen_http("127.0.0.1:0", USER, PASSWORD)
     secure = await stack.listen_http("127.0.0.1:0", USER, PASSWORD, certificate=str(certificate))
     large = json.dumps({"id": 1, "method": "bdev_get_bdevs", "params": {"name": "x" * 4000}})

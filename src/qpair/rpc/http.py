@@ -93,6 +93,7 @@ class HttpServer:
         self._target = target
         self._certificate = certificate
         self._server: asyncio.Server | None = None
+        self._tls: ssl.SSLContext | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy: set[asyncio.Task[None]] = set()
         self.limit = LineLimit()
@@ -108,8 +109,9 @@ class HttpServer:
     async def start(self) -> None:
         """Listen."""
         host, port = self._target
+        self._tls = self._context()
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=HEADER_BYTES_MAX, ssl=self._context(), backlog=128)
+            self._server = await asyncio.start_server(self._serve, host, port, limit=HEADER_BYTES_MAX, backlog=128)
         except OSError as error:
             raise from_errno(error.errno or 5, f"HTTP address {self.address}: {error.strerror or error}") from error
         if self._certificate is None and host not in ("127.0.0.1", "::1", "localhost"):
@@ -158,13 +160,18 @@ class HttpServer:
         peer = _Peer(self, reader, writer)
         if len(self._tasks) >= CONNECTIONS_MAX:
             self.limit.log(logger, logging.WARNING, "HTTP %s refused: %d connections are the limit", peer.name, CONNECTIONS_MAX)
-            peer.write(HTTPStatus.SERVICE_UNAVAILABLE, close=True)
+            if self._tls is None:
+                peer.write(HTTPStatus.SERVICE_UNAVAILABLE, close=True)
             writer.close()
             return
         self._tasks.add(task)
         try:
+            if self._tls is not None:
+                # Here, and not by start_server: a peer that never ends its handshake is a connection like others, and counted. Nothing may be awaited before,
+                # so that none of the peer's bytes has been read as plain text.
+                await writer.start_tls(self._tls, ssl_handshake_timeout=HEADER_S_MAX)
             await peer.run(self._busy, task)
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # a peer that is slow, gone or rude; nothing is owed to it
         finally:
             self._tasks.discard(task)
