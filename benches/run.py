@@ -23,6 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import python_bdev
 import servers
 from quiet import Quiet
 
@@ -306,6 +307,11 @@ def thousand_bdevs(report: Report) -> None:
     report.add(f"bdev_get_bdevs of {BDEVS}", f"{shown * 1e3:.1f} ms", "under 50 ms", shown < 0.05)
 
 
+def python_bdevs(report: Report) -> None:
+    """Bdevs in Python, against nbdkit's Python plugin."""
+    python_bdev.figures(report, medians)
+
+
 FIGURES: dict[str, Callable[[Report], None]] = {
     "yardstick": yardstick,
     "in_process": in_process,
@@ -317,6 +323,7 @@ FIGURES: dict[str, Callable[[Report], None]] = {
     "start_up": start_up,
     "system_calls": system_calls,
     "thousand_bdevs": thousand_bdevs,
+    "python_bdevs": python_bdevs,
 }
 
 

@@ -151,6 +151,13 @@ async def test_a_worker_keeps_what_was_written_and_ends_with_its_bdev(stack: Any
         await stack.rpc("qpair_python_get_bdevs", name="w0")
 
 
+async def test_io_waits_for_the_first_worker_even_where_it_is_to_fail_without_one(stack: Any, disks: Path) -> None:
+    for number in range(5):
+        disk = await create(stack, f"w{number}", while_down="fail")
+        assert await disk.read(0, 512) == bytes(512)
+        await disk.close()
+
+
 async def test_an_async_class_serves_many_requests_at_once(stack: Any, disks: Path) -> None:
     disk = await create(stack, kind="Slow")
     before = time.monotonic()

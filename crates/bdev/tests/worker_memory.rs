@@ -1,5 +1,7 @@
 //! What the engine reads of a worker's memory, as a property: whatever is there, a claim is one that was due, or a lie; and both ends agree where nobody lies.
 
+mod fuzzed;
+
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -19,6 +21,12 @@ fn work(slot: u32, op: Op, offset_blocks: u64, num_blocks: u64) -> Work {
 }
 
 proptest! {
+    /// What the fuzzer runs.
+    #[test]
+    fn any_steps_over_any_memory_end_well(data in proptest::collection::vec(any::<u8>(), 0..2000)) {
+        fuzzed::worker_memory(&data);
+    }
+
     /// Words anywhere, at any time: nothing panics, nothing is read past what is out, and no more claims are read than requests are out.
     #[test]
     fn whatever_the_memory_says_no_more_is_taken_than_was_given(

@@ -240,7 +240,9 @@ impl Desk {
     /// Takes the buffer back from Python, or what Python still holds out of the ring.
     fn take_back(&self, py: Python<'_>, request: &PythonBdevRequest) -> Result<(), Failure> {
         let Some(buffer) = &request.buffer else { return Ok(()) };
-        if let Some(view) = lock(&request.view).take() {
+        // Not under the lock: what hears of its end may be anything of Python's.
+        let view = lock(&request.view).take();
+        if let Some(view) = view {
             // Ours alone: it goes with its last reference. One that somebody else refers to is released, unless it is in use itself.
             // SAFETY: the object is alive, `view` holds it.
             if unsafe { ffi::Py_REFCNT(view.as_ptr()) } > 1 {

@@ -85,9 +85,10 @@ impl Link {
         (link, Box::new(move || woken.wake()))
     }
 
-    /// Starts it, without a worker yet.
+    /// Starts it, without a worker yet: I/O waits for the first.
     pub fn start(&self, ring: Arc<Ring>, config: LinkConfig, on_down: OnDown) {
-        ring.serve(config.while_down);
+        // Also where I/O is to fail while there is no worker: the first one is on its way.
+        ring.serve(Service::Waiting);
         let shared = self.shared.clone();
         self.handle.call(move |reactor| {
             let id = reactor.reserve_poller("python_worker");
