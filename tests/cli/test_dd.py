@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cli.conftest import Shell, Terminal
 from qpair.cli.copy import Copy, make_plan
 from qpair.cli.endpoints import End, open_file
+from qpair.cli.targets import attach
 from qpair.errors import InvalidArgument, IoFailed, NoSpace
 
 MIB = 1 << 20
@@ -116,6 +117,13 @@ async def test_skip_seek_and_count_are_units_of_bs(shell: Shell, tmp_path: Path,
     out.write_bytes(b"o" * 5000)
     await dd(shell, "--if", str(source), "--of", str(out), "--bs", "1000", "--skip", "2", "--seek", "3", "--count", "1", "--notrunc")
     assert out.read_bytes() == b"o" * 3000 + data[2000:3000] + b"o" * 1000
+
+
+async def test_what_lies_on_a_target_is_not_looked_at(stack: Any) -> None:
+    assert stack.bdevs.examiner.auto
+    async with attach(stack, "malloc:1MiB", name="target", address="/nowhere") as name:
+        assert not stack.bdevs.examiner.auto, "a partition table there would claim it"
+        assert stack.bdevs.info(name).size_bytes == MIB
 
 
 async def test_bdevs_of_a_configuration_file(shell: Shell, client: Any, qpair_command: list[str], tmp_path: Path, data: bytes) -> None:

@@ -44,6 +44,8 @@ async def attach(
 ) -> AsyncIterator[str]:
     """The name of the bdev that ``text`` stands for, while the context lasts. ``name``: what to call it; ``address``: the server that ``bdev:``
     means; ``write``: False exports a server's bdev for reading only."""
+    # what lies on a target belongs to its owner: partitions or a raid found there would claim it under the command's hands
+    stack.bdevs.examiner.auto = False
     kind, separator, rest = text.partition(":")
     if kind not in KINDS and is_socket(text):
         kind, rest = "vhost", text
