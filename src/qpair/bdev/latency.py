@@ -101,7 +101,8 @@ class _Slots:
         sub = (index & (half - 1)) + half
         if bucket < 0:
             bucket, sub = 0, sub - half
-        return ((sub + 1) << (bucket + self._unit)) - 1
+        highest: int = ((sub + 1) << (bucket + self._unit)) - 1
+        return highest
 
 
 def _numbers(data: bytes) -> list[int]:

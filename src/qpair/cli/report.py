@@ -37,6 +37,7 @@ INTERRUPTED = 130
 NAMES_SHOWN = 8
 METHOD_NOT_FOUND = -32601
 INVALID_PARAMS = -32602
+NOT_IN_THIS_STATE = -1
 
 
 @dataclass(slots=True)
@@ -77,6 +78,8 @@ def explain(error: QpairError, *, address: str | None = None, method: str | None
         explained.hints = _method_hints(address, method)
     elif error.code == INVALID_PARAMS and method is not None:
         explained.hints = [f"its parameters: qpair rpc {method} --help"]
+    elif error.code == NOT_IN_THIS_STATE and "framework_start_init" in explained.message:
+        explained.hints = [f"end its start-up phase: qpair rpc{_flag(address)} framework_start_init"]
     elif error.code in (-errno.ENODEV, -errno.ENOENT):
         explained.hints = bdev_hints(address, [value for value in (params or {}).values() if isinstance(value, str)])
     return explained
@@ -116,8 +119,6 @@ def _method_hints(address: str, method: str) -> list[str]:
     every = f"all methods: qpair rpc{_flag(address)} rpc_get_methods"
     if not isinstance(methods, list):
         return [every]
-    if method in methods:
-        return ["the server knows it, but not in its present state: qpair rpc rpc_get_methods --current lists what can be called now"]
     guesses = near(method, [str(known) for known in methods])
     return [f"did you mean {' or '.join(guesses)}?", every] if guesses else [every]
 
