@@ -42,6 +42,7 @@ class Examiner:
         self.auto = True
         self._room = room
         self._declared: dict[str, Declaration] = {}
+        self._making: set[str] = set()
         self._queue: deque[str] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -55,12 +56,19 @@ class Examiner:
         except NoSuchBdev:
             logger.info("%s is made when its base %s appears", name, base)
             return False
+        self._making.add(name)
         try:
             await make()
         except BaseException:
             self._declared.pop(name, None)
             raise
+        finally:
+            self._making.discard(name)
         return True
+
+    def is_declared(self, name: str) -> bool:
+        """Whether ``name`` is to stand on some base."""
+        return name in self._declared
 
     def forget(self, name: str) -> bool:
         """Somebody deleted ``name`` by intent. Whether it was declared."""
@@ -109,7 +117,7 @@ class Examiner:
     async def _examine(self, name: str) -> None:
         known = {name, *self._room.info(name).aliases}
         for declaration in tuple(self._declared.values()):
-            if declaration.base in known and not self._room.exists(declaration.name):
+            if declaration.base in known and declaration.name not in self._making and not self._room.exists(declaration.name):
                 try:
                     await declaration.make()
                 except QpairError as error:
