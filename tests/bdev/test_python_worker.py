@@ -369,3 +369,41 @@ async def test_a_load_goes_through_deaths_and_each_io_ends(stack: Any, disks: Pa
     assert result.ios > result.errors > 0
     assert (await described(stack))["restarts"] >= 2
     await disk.close()
+
+
+async def test_under_serve_a_worker_dies_with_its_server(disks: Path, tmp_path: Path, qpair_command: list[str], client: Any) -> None:
+    """The server is killed while its worker hangs in a method: nothing of it is left."""
+    address = str(tmp_path / "rpc.sock")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    server = await asyncio.create_subprocess_exec(
+        *qpair_command,
+        "serve",
+        "-r",
+        address,
+        "-m",
+        "0x1",
+        env=environment,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        await until(lambda: Path(address).exists(), "the server")
+        call = [*qpair_command, "rpc", "-r", address]
+        code, _, error = await client(*call, "qpair_python_create", "--name", "w0", "--class", "worker_disks:Ram", "--size", "1MiB")
+        assert code == 0, error
+        code, out, error = await client(*call, "qpair_python_get_bdevs")
+        assert code == 0, error
+        pid = json.loads(out)[0]["pid"]
+        os.kill(pid, signal.SIGSTOP)
+    finally:
+        server.kill()
+        await server.wait()
+
+    def is_gone() -> bool:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] in "ZX"
+        except FileNotFoundError:
+            return True
+
+    await until(is_gone, "the worker's end")
