@@ -23,6 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import layers as layer_costs
 import python_bdev
 import servers
 from quiet import Quiet
@@ -312,9 +313,15 @@ def python_bdevs(report: Report) -> None:
     python_bdev.figures(report, medians)
 
 
+def layers(report: Report) -> None:
+    """What the block-device layer adds to an I/O."""
+    layer_costs.layers(report, example, moments().measure)
+
+
 FIGURES: dict[str, Callable[[Report], None]] = {
     "yardstick": yardstick,
     "in_process": in_process,
+    "layers": layers,
     "vhost_malloc": vhost_malloc,
     "vhost_null": vhost_null,
     "depth_one": depth_one,
