@@ -5,24 +5,31 @@ use qpair_wire::nvme::Status;
 use crate::Op;
 
 /// Times of one kind of I/O, in nanoseconds of reactor time: what ends in the turn it began counts as 0.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Latency {
     pub ios: u64,
     pub bytes: u64,
     pub total_ns: u64,
     pub max_ns: u64,
-    pub min_ns: Option<u64>,
+    /// `u64::MAX` while there was none.
+    pub min_ns: u64,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self { ios: 0, bytes: 0, total_ns: 0, max_ns: 0, min_ns: u64::MAX }
+    }
 }
 
 impl Latency {
-    #[inline]
+    #[inline(always)]
     fn book(&mut self, bytes: u64, elapsed_ns: u64) {
         self.ios += 1;
         self.bytes += bytes;
         self.total_ns += elapsed_ns;
         self.max_ns = self.max_ns.max(elapsed_ns);
-        self.min_ns = Some(self.min_ns.map_or(elapsed_ns, |least| least.min(elapsed_ns)));
+        self.min_ns = self.min_ns.min(elapsed_ns);
     }
 
     fn add(&mut self, other: &Self) {
@@ -30,7 +37,7 @@ impl Latency {
         self.bytes += other.bytes;
         self.total_ns += other.total_ns;
         self.max_ns = self.max_ns.max(other.max_ns);
-        self.min_ns = self.min_ns.into_iter().chain(other.min_ns).min();
+        self.min_ns = self.min_ns.min(other.min_ns);
     }
 }
 
@@ -99,15 +106,19 @@ pub enum Reset {
 
 impl Stats {
     /// Books one finished I/O.
-    #[inline]
+    #[inline(always)]
     pub fn book(&mut self, op: Op, bytes: u64, elapsed_ns: u64, status: Status) {
-        if status.is_error() {
-            self.errors.book(status);
-            return;
-        }
         match op {
-            Op::Read => self.read.book(bytes, elapsed_ns),
-            Op::Write => self.write.book(bytes, elapsed_ns),
+            Op::Read if !status.is_error() => self.read.book(bytes, elapsed_ns),
+            Op::Write if !status.is_error() => self.write.book(bytes, elapsed_ns),
+            _ => self.book_rest(op, bytes, elapsed_ns, status),
+        }
+    }
+
+    #[inline(never)]
+    fn book_rest(&mut self, op: Op, bytes: u64, elapsed_ns: u64, status: Status) {
+        match op {
+            _ if status.is_error() => self.errors.book(status),
             Op::Unmap => self.unmap.book(bytes, elapsed_ns),
             Op::Copy => self.copy.book(bytes, elapsed_ns),
             Op::Flush => self.flush_ios += 1,
@@ -137,7 +148,7 @@ impl Stats {
             Reset::Errors => self.errors = Failures::default(),
             Reset::MaxMin => {
                 for latency in [&mut self.read, &mut self.write, &mut self.unmap, &mut self.copy] {
-                    (latency.max_ns, latency.min_ns) = (0, None);
+                    (latency.max_ns, latency.min_ns) = (0, u64::MAX);
                 }
             }
         }
@@ -163,8 +174,8 @@ mod tests {
     #[test]
     fn successes_count_with_their_times_and_failures_by_kind() {
         let stats = some();
-        assert_eq!(stats.read, Latency { ios: 2, bytes: 1024, total_ns: 8, max_ns: 5, min_ns: Some(3) });
-        assert_eq!(stats.write, Latency { ios: 1, bytes: 512, total_ns: 7, max_ns: 7, min_ns: Some(7) });
+        assert_eq!(stats.read, Latency { ios: 2, bytes: 1024, total_ns: 8, max_ns: 5, min_ns: 3 });
+        assert_eq!(stats.write, Latency { ios: 1, bytes: 512, total_ns: 7, max_ns: 7, min_ns: 7 });
         assert_eq!((stats.unmap.total_ns, stats.copy.total_ns, stats.flush_ios), (2, 9, 1));
         assert_eq!(stats.errors, Failures { aborted: 1, miscompare: 1, nomem: 0, failed: 2 });
         assert_eq!(stats.errors.total(), 4);
@@ -181,7 +192,7 @@ mod tests {
         assert_eq!(after(Reset::None), before);
         assert_eq!(after(Reset::All), Stats::default());
         assert_eq!(after(Reset::Errors), Stats { errors: Failures::default(), ..before });
-        let flat = |latency: Latency| Latency { max_ns: 0, min_ns: None, ..latency };
+        let flat = |latency: Latency| Latency { max_ns: 0, min_ns: u64::MAX, ..latency };
         let (read, write, unmap, copy) = (flat(before.read), flat(before.write), flat(before.unmap), flat(before.copy));
         assert_eq!(after(Reset::MaxMin), Stats { read, write, unmap, copy, ..before });
     }

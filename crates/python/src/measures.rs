@@ -278,7 +278,7 @@ fn statistics_dict<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, P
         dict.set_item(format!("{kind}_bytes"), latency.bytes)?;
         dict.set_item(format!("{kind}_ns"), latency.total_ns)?;
         dict.set_item(format!("max_{kind}_ns"), latency.max_ns)?;
-        dict.set_item(format!("min_{kind}_ns"), latency.min_ns.unwrap_or(0))
+        dict.set_item(format!("min_{kind}_ns"), if latency.min_ns == u64::MAX { 0 } else { latency.min_ns })
     };
     latency("read", &stats.read)?;
     latency("write", &stats.write)?;
