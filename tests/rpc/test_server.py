@@ -284,7 +284,10 @@ async def test_a_second_instance_is_told_which_process_serves(stack: Any, socket
     async with RpcServer(stack, socket_path):
         with pytest.raises(Busy) as refused:
             await RpcServer(stack, socket_path).start()
-        assert str(refused.value) == f"RPC socket {socket_path} is served by another process; name another with -r (process {os.getpid()} has its lock)"
+        assert (
+            str(refused.value)
+            == f"RPC socket {socket_path} is served by another process; name another with -r (process {os.getpid()} has its lock)"
+        )
 
 
 async def test_a_socket_that_answers_without_a_lock_file_is_not_taken_away(stack: Any, socket_path: str) -> None:
