@@ -69,7 +69,6 @@ async def test_a_configuration_saved_by_spdk_loads_and_is_saved_again(make_stack
     assert [call["params"]["impl_name"] for call in calls["sock"]] == ["posix", "ssl", "posix"]
     assert [call["method"] for call in calls["bdev"]] == [
         "bdev_set_options",
-        "bdev_raid_set_options",
         "bdev_iscsi_set_options",
         "bdev_nvme_set_options",
         "bdev_nvme_set_hotplug",

@@ -338,6 +338,20 @@ class Engine:
     def qos_groups(self) -> list[dict[str, Any]]:
         return []
 
+    def bdev_raid_info(self) -> list[dict[str, Any]]:
+        return []
+
+    def bdev_raid_examine(self, bdev: str) -> int:
+        token = self.token()
+        self.reply(token, 0)
+        return token
+
+    def bdev_raid_set_options(self, *, process_window_size_kb: int, process_max_bandwidth_mb_sec: int) -> None:
+        pass
+
+    def bdev_raid_shut_down(self) -> None:
+        pass
+
     def bdev_claim(self, name: str, owner: str) -> None:
         self._disk(name).claimed_by = owner
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use qpair_bdev::python::Ring;
 use qpair_bdev::{Descriptor, Layer, Registry, lifecycle};
+use qpair_raid::Raids;
 use qpair_reactor::driver::Choice;
 use qpair_reactor::log::{self, Level};
 use qpair_reactor::thread::{self, ReactorThread};
@@ -54,6 +55,7 @@ enum Life {
 pub struct Core {
     pub outbox: Arc<Outbox>,
     pub registry: Arc<Registry>,
+    pub raids: Arc<Raids>,
     pub places: Vec<Place>,
     pub descriptors: Mutex<HashMap<u64, Arc<Descriptor>>>,
     /// Rings of Python bdevs, to be closed when nobody can be waited for any more.
@@ -94,6 +96,7 @@ impl Core {
             runs: Arc::default(),
             vhost,
             outbox,
+            raids: Raids::new(&registry),
             registry,
             places,
             descriptors: Mutex::default(),
@@ -215,6 +218,8 @@ impl Core {
     fn stop_bdevs(&self, until: Instant, late: &mut Vec<String>) {
         let left = until.saturating_duration_since(Instant::now());
         let grace_ns = u64::try_from((left / 2).as_nanos()).unwrap_or(u64::MAX);
+        // Else each mirror would be degraded by the going of its legs.
+        self.raids.shut_down();
         let (send, receive) = mpsc::channel();
         let mut pending = Vec::new();
         for listing in self.registry.list(None).unwrap_or_default() {

@@ -28,6 +28,7 @@ mod perf;
 mod pyfilter;
 mod pyring;
 mod pyworker;
+mod raid;
 mod values;
 mod vbdev;
 mod vbdev_modules;

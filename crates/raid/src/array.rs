@@ -4,6 +4,7 @@
 //! goes by is the [`View`] alone.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use qpair_bdev::{BdevError, Channel, ChannelId, Descriptor, Device, DeviceId, Fate, Hold, Info, Layer, Op, OpSet, Registry, lifecycle};
@@ -143,6 +144,8 @@ pub(crate) struct Array {
     pub superblock: bool,
     pub registry: Arc<Registry>,
     pub options: Arc<Mutex<Options>>,
+    /// The process ends: nobody is missed.
+    pub ending: Arc<AtomicBool>,
     pub state: Mutex<State>,
     /// For what changes members or superblocks.
     pub turn: Turn,
@@ -325,7 +328,7 @@ impl Device for RaidDevice {
         let Some(slot) = state.slots.iter().position(|slot| slot.name.as_deref() == Some(base)) else { return Fate::Stays };
         let others = !state.view.serving.minus(Mask::of(slot)).is_empty();
         drop(state);
-        if array.level != Level::RAID1 || !others {
+        if array.level != Level::RAID1 || !others || array.ending.load(Ordering::Acquire) {
             return Fate::Goes;
         }
         let array = array.clone();

@@ -16,7 +16,7 @@
 //!
 //! Limits: 255 members; names of 63 bytes; [`RAID5F`](qpair_wire::raid_superblock::Level::RAID5F) is refused by name.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use qpair_bdev::lifecycle::{self, Reply};
@@ -98,6 +98,7 @@ pub struct Raids {
     options: Arc<Mutex<Options>>,
     arrays: Mutex<Vec<Arc<Array>>>,
     next: AtomicU64,
+    ending: Arc<AtomicBool>,
 }
 
 fn os(errno: i32, what: String) -> BdevError {
@@ -127,7 +128,7 @@ impl Raids {
     /// For the bdevs of a registry.
     pub fn new(registry: &Arc<Registry>) -> Arc<Self> {
         let (options, arrays) = (Arc::default(), Mutex::default());
-        Arc::new(Self { registry: registry.clone(), options, arrays, next: AtomicU64::new(1) })
+        Arc::new(Self { registry: registry.clone(), options, arrays, next: AtomicU64::new(1), ending: Arc::default() })
     }
 
     /// For rebuilds that begin from now on.
@@ -183,6 +184,11 @@ impl Raids {
     pub fn delete(self: &Arc<Self>, array: &str, clear: bool, reply: Reply<()>) {
         let name = array.to_owned();
         self.task(array, reply, move |raids, worker| async move { raids.delete_now(&worker, &name, clear).await });
+    }
+
+    /// From now on an array goes with any of its members, and none is recorded as missing: the process ends.
+    pub fn shut_down(&self) {
+        self.ending.store(true, Ordering::Release);
     }
 
     /// All arrays, in the order in which they came.
@@ -278,6 +284,7 @@ impl Raids {
             superblock: spec.superblock,
             registry: self.registry.clone(),
             options: self.options.clone(),
+            ending: self.ending.clone(),
             state: Mutex::new(state),
             turn: Turn::default(),
         });

@@ -334,6 +334,46 @@ class Engine:
         copy reads. ``metadata``: for a write those that go with the data; for a read anything but None asks for them. ``fua``: durable when done. ``drain``: a
         reset that lets what is in flight end by itself. Reply value: bytes for read (with metadata: both), else None; ``EILSEQ`` when a comparison fails."""
 
+    # ---- RAID (crates/raid) --------------------------------------------------------------------------
+    def bdev_raid_create(
+        self,
+        name: str,
+        *,
+        level: Literal["raid0", "raid1", "concat"],
+        base_bdevs: Sequence[str],
+        strip_size_kb: int = 0,
+        uuid: str | None = None,
+        superblock: bool = False,
+    ) -> int:
+        """Members that are not there are waited for (`bdev_raid_examine`). Reply: None. ``EEXIST``: a name in use, or a member with another array's
+        superblock; ``EBUSY``: a member that is claimed; ``EINVAL``: geometry."""
+
+    def bdev_raid_delete(self, name: str, *, clear_superblock: bool = False) -> int: ...
+    def bdev_raid_add_base(self, name: str, base_bdev: str) -> int:
+        """Reply: None, when an online mirror has begun to rebuild. ``EPERM`` while it is being rebuilt already, ``EINVAL`` without an empty slot."""
+
+    def bdev_raid_remove_base(self, base_bdev: str) -> int: ...
+    def bdev_raid_examine(self, bdev: str) -> int:
+        """A bdev that appeared. Reply: 1 if it is a member of an array, else 0. ``EBUSY``: its superblock is newer than its array."""
+
+    def bdev_raid_info(self) -> list[dict[str, Any]]:
+        """``name, uuid, strip_size_kb, state ("online" | "configuring" | "offline"), raid_level, superblock, num_base_bdevs,
+        num_base_bdevs_discovered, num_base_bdevs_operational, process: (target, blocks done, blocks) | None, base_bdevs: [{name (str | None), uuid,
+        is_configured, data_offset, data_size}]``."""
+
+    def bdev_raid_set_options(self, *, process_window_size_kb: int, process_max_bandwidth_mb_sec: int) -> None: ...
+    def bdev_raid_shut_down(self) -> None:
+        """Members that go from now on are not recorded as missing; arrays go with them."""
+
+    @staticmethod
+    def raid_superblock_decode(data: bytes) -> dict[str, Any]:
+        """``version (major, minor), flags, uuid, name, raid_size, block_size, raid_level, strip_size, state, seq_number, num_base_bdevs, base_bdevs: ({uuid,
+        data_offset, data_size, state ("missing" | "configured" | "failed" | "spare"), flags, slot}, ...)``; ``EINVAL`` names the field."""
+
+    @staticmethod
+    def raid_superblock_encode(fields: dict[str, Any]) -> bytes:
+        """What `raid_superblock_decode` gives, as bytes; the version and the checksum are made."""
+
     # ---- vhost (crates/vhost) ------------------------------------------------------------------------
     def vhost_blk_create(
         self, name: str, bdev: str, *, reactors: Sequence[int] = (), readonly: bool = False, num_queues: int = 16, packed_ring: bool = False

@@ -70,7 +70,6 @@ INERT: tuple[tuple[str, str, str, str], ...] = (
     ("vmd", "vmd_enable", "s", ""),
     ("scheduler", "framework_set_scheduler", "sr", "name:s! period:u64 load_limit:u8 core_limit:u8 core_busy:u8 mappings:s"),
     ("scheduler", "scheduler_set_options", "s", "scheduling_core:u32 isolated_core_mask:s"),
-    ("bdev", "bdev_raid_set_options", "sr", "process_window_size_kb:u32 process_max_bandwidth_mb_sec:u32"),
     ("bdev", "bdev_iscsi_set_options", "sr", "timeout_sec:u64"),
     (
         "bdev",

@@ -114,6 +114,9 @@ class BdevSubsystem(Subsystem):
     async def stop(self, stack: Stack, deadline_ms: int) -> None:
         """Python bdevs first (their requests need this loop); the engine takes the others with it when it stops."""
         await self.examiner.stop()
+        for module in self._modules.values():
+            if (stop_module := getattr(module, "stop", None)) is not None:
+                await stop_module()
         # Half the time to drain, half for those who serve to end.
         await asyncio.gather(*(self.delete(name, deadline_ms=deadline_ms // 2) for name in tuple(self._servers)), return_exceptions=True)
         self._unsubscribe()

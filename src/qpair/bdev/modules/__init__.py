@@ -22,6 +22,7 @@ MODULES: tuple[str, ...] = (
     "delay",
     "error",
     "zone_block",
+    "raid",
     "gpt",
 )
 
