@@ -88,10 +88,10 @@ async def test_paths_and_sockets(qpair_command: list[str], tmp_path: Path, shell
         (["qpair", "ls", ""], ["qpair", "ls", ""]),
     ],
 )
-def test_words_that_bash_cut_at_colons_are_joined(words: list[str], joined: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qpair.cli.complete._trimmed", "")
+def test_words_that_bash_cut_at_colons_are_joined(words: list[str], joined: list[str]) -> None:
     environ = {"_QPAIR_COMPLETE": "complete_bash", "COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
-    join_colons(environ)
+    kept = join_colons(environ)
+    assert kept == (joined[-1].rpartition(":")[0] + ":" if len(joined) < len(words) else "")
     assert environ["COMP_WORDS"].split("\n") == joined
     assert environ["COMP_CWORD"] == str(len(joined) - 1)
 

@@ -7,6 +7,8 @@ Help is click's plain kind: it fits 80 columns, keeps its examples as they are w
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -288,9 +290,18 @@ def version(as_json: AsJson = False) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run it; the exit code."""
+    if not (kept := complete.join_colons(os.environ)):
+        return _run(arguments)
+    # typer prints what it offers, and leaves
+    with contextlib.redirect_stdout(io.StringIO()) as offered, contextlib.suppress(SystemExit):
+        _run(arguments)
+    print(*(line.removeprefix(kept) for line in offered.getvalue().splitlines()), sep="\n")
+    return 0
+
+
+def _run(arguments: list[str]) -> int:
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     as_json = "--json" in arguments
-    complete.join_colons(os.environ)
     try:
         result = app(arguments, prog_name="qpair", standalone_mode=False)
     except QpairError as error:

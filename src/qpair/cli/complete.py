@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["RpcCommand", "ServeCommand", "bdevs", "files", "join_colons", "patterns", "sockets", "targets", "words"]
 
 TIMEOUT_S = 0.3
-_trimmed = ""
-"""What bash has kept of the word, see `join_colons`."""
 SOCKET_PLACES = ("/var/tmp/*.sock", "/tmp/*.sock", "*.sock")
 
 
@@ -56,10 +54,6 @@ def bdevs(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 def targets(ctx: typer.Context, incomplete: str) -> list[str]:
     """Forms of a target; after ``bdev:`` the server's bdevs, after ``file:`` and ``vhost:`` paths."""
-    return [form.removeprefix(_trimmed) for form in _targets(ctx, incomplete)]
-
-
-def _targets(ctx: typer.Context, incomplete: str) -> list[str]:
     kind, separator, rest = incomplete.partition(":")
     if not separator:
         return [f"{form}:" for form in ("bdev", "file", "malloc", "null", "python", "vhost") if form.startswith(incomplete)]
@@ -68,11 +62,11 @@ def _targets(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{kind}:{path}" for path in files(rest)] if kind in ("file", "vhost") else []
 
 
-def join_colons(environ: MutableMapping[str, str]) -> None:
-    """bash takes a colon for the end of a word and wants what comes after it; here a target is one word. The words that it passes are put together again."""
-    global _trimmed
+def join_colons(environ: MutableMapping[str, str]) -> str:
+    """bash takes a colon for the end of a word; here a target is one word. The words that it passes are put together again; the result is what bash has
+    already of the last one, and does not want to be offered again."""
     if environ.get("_QPAIR_COMPLETE") != "complete_bash":
-        return
+        return ""
     given = environ.get("COMP_WORDS", "").split("\n")
     at = int(environ.get("COMP_CWORD", "0"))
     words: list[str] = []
@@ -82,10 +76,9 @@ def join_colons(environ: MutableMapping[str, str]) -> None:
             words[-1] += word
         else:
             words.append(word)
-    if len(words) <= at and ":" in words[-1]:
-        _trimmed = words[-1].rpartition(":")[0] + ":"
     environ["COMP_WORDS"] = "\n".join(words)
     environ["COMP_CWORD"] = str(len(words) - 1)
+    return words[-1].rpartition(":")[0] + ":" if len(words) <= at and ":" in words[-1] else ""
 
 
 def patterns(incomplete: str) -> list[str]:
