@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-
 SPDK_RPC = Path(sys.executable).parent / "spdk-rpc"
 
 

@@ -6,11 +6,15 @@ value can be encoded again, the encoding must decode to the same value.
 
 import asyncio
 import os
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import UUID
+from zlib import crc32
 
 import atheris
 import hypothesis
@@ -20,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 with atheris.instrument_imports(include=["qpair", "json"]):
     import rpc_requests
     from qpair.app import config
+    from qpair.bdev import gpt
     from qpair.errors import ConfigError
     from qpair.rpc import framing as json_framing
     from qpair.rpc import protocol as json_rpc
@@ -82,6 +87,26 @@ def configuration(data: bytes) -> None:
         config.parse(data)
 
 
+def partition_table(data: bytes) -> None:
+    """A disk's bytes, as they are and with CRCs that are right, so that the fields behind them are reached."""
+    header, _, array = data.partition(b"|")
+    lba = 1 + len(header) % 2 * 4094
+    signed = (b"EFI PART\0\0\x01\0" + struct.pack("<I", 92) + header).ljust(92, b"\0")
+    signed = signed[:16] + struct.pack("<I", crc32(signed[:16] + bytes(4) + signed[20:92])) + signed[20:]
+    gpt.is_protective(data)
+    for block in (header, signed):
+        with suppress(gpt.GptError):
+            found = gpt.decode_header(block.ljust(512, b"\0"), lba=lba, block_size=512, num_blocks=4096)
+            start, blocks = found.array(512)
+            assert start >= 2 and start + blocks <= 4096, found
+            assert gpt.decode_header(found.encode().ljust(512, b"\0"), lba=lba, block_size=512, num_blocks=4096) == found
+    usual = gpt.Header(1, 4095, 34, 4062, UUID(int=1), 2, 128, 128, crc32(array[:16384].ljust(16384, b"\0")))
+    table = gpt.decode_entries(usual, array[:16384].ljust(16384, b"\0"))
+    used = sorted((entry.first_lba, entry.last_lba) for _, entry in table.entries)
+    assert all(34 <= first <= last <= 4062 for first, last in used), used
+    assert all(before[1] < after[0] for before, after in pairwise(used)), used
+
+
 @hypothesis.settings(database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(made=rpc_requests.requests)
 def _generated(made: list[dict[str, Any]]) -> None:
@@ -94,7 +119,7 @@ def rpc_methods(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration, rpc_methods)
+    target.__name__: target for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration, partition_table, rpc_methods)
 }
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vbdevs import Spdk, bdev_calls, reloaded
-
 from qpair.bdev.derive import delay_uuid
+from vbdevs import Spdk, bdev_calls, reloaded
 
 BASE = "c2f2f5e1-0c43-4a39-b1c5-6d38a0b9e0d2"
 MS = 1000

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vbdevs import Spdk, bdev_calls, reloaded
 
 from qpair.errors import QpairError
+from vbdevs import Spdk, bdev_calls, reloaded
 
 
 async def made(spdk: Spdk) -> None:

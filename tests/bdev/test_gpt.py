@@ -11,10 +11,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from missing import missing
-from vbdevs import Spdk, bdev_calls, reloaded
 
+from missing import missing
 from qpair.bdev.gpt import OLD_SPDK_TYPE, SPDK_TYPE, Entry, Header, encode_entries, protective_mbr
+from vbdevs import Spdk, bdev_calls, reloaded
 
 MIB = 1 << 20
 SPDK_GUID = str(SPDK_TYPE)
@@ -29,6 +29,10 @@ def tool(name: str) -> str:
 
 def sgdisk(image: Path, *words: str) -> None:
     subprocess.run([tool("sgdisk"), *words, str(image)], check=True, capture_output=True)
+
+
+def sfdisk(image: Path, script: str) -> None:
+    subprocess.run([tool("sfdisk"), "-q", str(image)], input=script.encode(), check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -46,7 +50,9 @@ async def attach(spdk: Spdk, image: Path, block_size: int = 512) -> list[str]:
     return [disk["name"] for disk in await spdk("bdev_get_bdevs")]
 
 
-def disk_bytes(block_size: int, num_blocks: int, entries: list[Entry], *, primary: Header | None = None, backup: Header | None = None) -> bytes:
+def disk_bytes(
+    block_size: int, num_blocks: int, entries: list[Entry], *, primary: Header | None = None, backup: Header | None = None
+) -> bytes:
     """A disk with both tables; ``primary`` and ``backup`` in the place of what would be right."""
     array_blocks = -(-128 * 128 // block_size)
     first, last = 2 + array_blocks, num_blocks - 2 - array_blocks
@@ -91,7 +97,7 @@ async def test_a_table_of_sgdisk_becomes_bdevs(spdk: Spdk, stack: Any, image: Pa
 
 async def test_a_table_of_sfdisk_becomes_bdevs(spdk: Spdk, image: Path) -> None:
     script = f"label: gpt\nstart=2048, size=4096, type={SPDK_GUID}\nstart=8192, size=2048, type={SPDK_GUID}\n"
-    subprocess.run([tool("sfdisk"), "-q", str(image)], input=script.encode(), check=True, capture_output=True)
+    sfdisk(image, script)
     assert await attach(spdk, image) == ["disk", "diskp1", "diskp2"]
 
 
@@ -200,7 +206,7 @@ async def test_partitions_go_with_their_disk_and_come_back_with_it(spdk: Spdk, s
 
 async def test_a_disk_that_fails_its_reads_is_left_alone(spdk: Spdk, stack: Any, image: Path, caplog: pytest.LogCaptureFixture) -> None:
     sgdisk(image, "-n", "1:2048:+8M", "-t", f"1:{SPDK_GUID}")
-    await stack.rpc("bdev_set_options", bdev_auto_examine=False)
+    stack.bdevs.examiner.auto = False
     assert await attach(spdk, image) == ["disk"]
     await spdk("bdev_error_create", "disk")
     await spdk("bdev_error_inject_error", "EE_disk", "read", "failure", "-n", "1")

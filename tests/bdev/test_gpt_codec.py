@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from itertools import pairwise
 from uuid import UUID, uuid4
 from zlib import crc32
 
@@ -11,7 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpair.bdev.gpt import SPDK_TYPE, Entry, GptError, Header, Table, decode_entries, decode_header, encode_entries, is_protective, protective_mbr
+from qpair.bdev.gpt import (
+    SPDK_TYPE,
+    Entry,
+    GptError,
+    Header,
+    Table,
+    decode_entries,
+    decode_header,
+    encode_entries,
+    is_protective,
+    protective_mbr,
+)
 
 BLOCKS = 2048
 DISK = UUID("11111111-2222-4333-8444-555555555555")
@@ -139,7 +151,10 @@ def test_entries_of_one_guid_are_refused_both() -> None:
     twin = entry(100, 110)
     found = table(twin, entry(120, 130), replace(twin, first_lba=200, last_lba=210))
     assert [number for number, _ in found.entries] == [1]
-    assert dict(found.refused) == {0: f"unique GUID {twin.unique_guid} is that of entry 3", 2: f"unique GUID {twin.unique_guid} is that of entry 1"}
+    assert dict(found.refused) == {
+        0: f"unique GUID {twin.unique_guid} is that of entry 3",
+        2: f"unique GUID {twin.unique_guid} is that of entry 1",
+    }
 
 
 def test_a_protective_mbr_says_so() -> None:
@@ -155,7 +170,9 @@ def test_a_protective_mbr_says_so() -> None:
 
 
 numbers = st.integers(0, 2**64 - 1) | st.integers(0, BLOCKS)
-entries_made = st.builds(Entry, st.uuids() | st.just(SPDK_TYPE), st.uuids(), numbers, numbers, st.integers(0, 2**64 - 1), st.text(max_size=40))
+entries_made = st.builds(
+    Entry, st.uuids() | st.just(SPDK_TYPE), st.uuids(), numbers, numbers, st.integers(0, 2**64 - 1), st.text(max_size=40)
+)
 
 
 @given(entries_made)
@@ -170,7 +187,7 @@ def test_what_is_not_refused_is_usable_and_apart(entries: list[Entry]) -> None:
     found = table(*entries)
     used = sorted((entry.first_lba, entry.last_lba) for _, entry in found.entries)
     assert all(34 <= first <= last <= BLOCKS - 34 for first, last in used)
-    assert all(before[1] < after[0] for before, after in zip(used, used[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in pairwise(used))
     named = {number for number, _ in found.entries} | {number for number, _ in found.refused}
     assert named == {number for number, entry in enumerate(entries) if entry.type_guid.int}
 

@@ -7,10 +7,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from vbdevs import Spdk, bdev_calls, reloaded
 
 from qpair.bdev.derive import delay_uuid, part_uuid, zone_block_uuid
 from qpair.errors import NoSuchBdev
+from vbdevs import Spdk, bdev_calls, reloaded
 
 MIB = 1 << 20
 

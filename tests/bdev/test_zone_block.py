@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vbdevs import Spdk, bdev_calls, reloaded
 
 from qpair.bdev.derive import zone_block_uuid
 from qpair.bdev.zones import ZoneState
 from qpair.errors import InvalidArgument, QpairError
+from vbdevs import Spdk, bdev_calls, reloaded
 
 BASE = "c2f2f5e1-0c43-4a39-b1c5-6d38a0b9e0d2"
 ZONE = 4096 * 512
@@ -32,7 +32,9 @@ async def test_it_shows_itself_as_spdks(spdk: Spdk) -> None:
     assert shown["num_blocks"] == 4 * 4096
     assert shown["supported_io_types"]["zone_append"] is True
     assert shown["supported_io_types"]["zone_management"] is True
-    assert shown["driver_specific"] == {"zoned_block": {"name": "zoned", "base_bdev": "disk", "zone_capacity": 4000, "optimal_open_zones": 2}}
+    assert shown["driver_specific"] == {
+        "zoned_block": {"name": "zoned", "base_bdev": "disk", "zone_capacity": 4000, "optimal_open_zones": 2}
+    }
     (base,) = await spdk("bdev_get_bdevs", "-b", "disk")
     assert (base["zoned"], "zone_size" in base) == (False, False)
 

@@ -21,7 +21,18 @@ from typing import Final
 from uuid import UUID
 from zlib import crc32
 
-__all__ = ["OLD_SPDK_TYPE", "PRIMARY_LBA", "SPDK_TYPE", "Entry", "GptError", "Header", "Table", "decode_entries", "decode_header", "is_protective"]
+__all__ = [
+    "OLD_SPDK_TYPE",
+    "PRIMARY_LBA",
+    "SPDK_TYPE",
+    "Entry",
+    "GptError",
+    "Header",
+    "Table",
+    "decode_entries",
+    "decode_header",
+    "is_protective",
+]
 
 SPDK_TYPE: Final = UUID("6527994e-2c5a-4eec-9613-8f5944074e8b")
 """The type of partitions that SPDK makes bdevs of."""
@@ -149,7 +160,9 @@ def _demand(holds: bool, what: str) -> None:
 def decode_header(block: bytes, *, lba: int, block_size: int, num_blocks: int) -> Header:
     """Of the block at ``lba`` of a disk of that geometry."""
     _demand(len(block) >= min(block_size, 512), f"header: {len(block)} bytes of a block of {block_size}")
-    signature, revision, size, crc, my_lba, alternate, first, last, guid, entries, count, entry_size, entries_crc = _HEADER.unpack_from(block)
+    signature, revision, size, crc, my_lba, alternate, first, last, guid, entries, count, entry_size, entries_crc = _HEADER.unpack_from(
+        block
+    )
     _demand(signature == SIGNATURE, f"signature {signature!r}: {SIGNATURE!r}")
     _demand(revision >> 16 == REVISION >> 16, f"revision {revision:#x}: {REVISION:#x}")
     limit = min(block_size, len(block))
@@ -183,9 +196,11 @@ def _check_array(header: Header, block_size: int, num_blocks: int) -> None:
     _demand(header.array_bytes <= ARRAY_BYTES_MAX, f"entries of {header.array_bytes} bytes: up to {ARRAY_BYTES_MAX}")
     start, blocks = header.array(block_size)
     end = start + blocks
-    _demand(PRIMARY_LBA < start and end <= num_blocks, f"entries at LBAs {start} to {end - 1}: {PRIMARY_LBA + 1} to {num_blocks - 1}")
+    _demand(start > PRIMARY_LBA and end <= num_blocks, f"entries at LBAs {start} to {end - 1}: {PRIMARY_LBA + 1} to {num_blocks - 1}")
     apart = end <= header.first_usable_lba or start > header.last_usable_lba
-    _demand(apart, f"entries at LBAs {start} to {end - 1}: not from {header.first_usable_lba} to {header.last_usable_lba}, which are usable")
+    _demand(
+        apart, f"entries at LBAs {start} to {end - 1}: not from {header.first_usable_lba} to {header.last_usable_lba}, which are usable"
+    )
     _demand(not start <= header.my_lba < end, f"entries at LBAs {start} to {end - 1}: not over the header at {header.my_lba}")
 
 

@@ -52,7 +52,7 @@ class Delays(SimpleModule):
                 self._controls[name] = self._room.stack.engine.bdev_delay_create(name, below.name, uuid=unique, **latencies)
             except OSError as error:
                 raise from_engine(error) from error
-            params = {"name": name, "base_bdev_name": below.name, "uuid": unique}
+            params: dict[str, Any] = {"name": name, "base_bdev_name": below.name, "uuid": unique}
             params.update({f"{kind}_latency": micros for kind, micros in latencies.items()})
             self._room.record(name, Record("bdev_delay_create", params))
 

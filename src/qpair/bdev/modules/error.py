@@ -196,7 +196,9 @@ class InjectError(Params):
 async def bdev_error_inject_error(stack: Stack, params: InjectError) -> bool:
     """Have the next I/Os of a type fail, stay, change or wait."""
     how = {field: getattr(params, field) for field in ("nvme_sct", "nvme_sc", "num", "queue_depth", "corrupt_offset", "corrupt_value")}
-    _errors(stack).inject(params.name, params.io_type, params.error_type, **{field: value for field, value in how.items() if value is not None})
+    _errors(stack).inject(
+        params.name, params.io_type, params.error_type, **{field: value for field, value in how.items() if value is not None}
+    )
     return True
 
 
