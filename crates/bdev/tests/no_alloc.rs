@@ -1,11 +1,15 @@
 //! In steady state a read or write allocates nothing.
 
 use std::alloc::System;
-use std::sync::Arc;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use qpair_bdev::histogram::{GRANULARITY, Shape};
 use qpair_bdev::malloc::Malloc;
+use qpair_bdev::measures;
 use qpair_bdev::null::Null;
-use qpair_bdev::{Device, IoId, Layer, Op, Registry, Status};
+use qpair_bdev::{ChannelId, Device, IoId, Layer, Op, OpSet, QueueId, Registry, Status};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
 use qpair_reactor::{Poller, Reactor};
@@ -13,6 +17,12 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+/// The count is the process's: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn allocations() -> usize {
     let stats = ALLOCATOR.stats();
@@ -29,10 +39,17 @@ impl Poller for Nobody {
 
 /// Rounds of 128 I/Os of 4 KiB; returns the allocations of all rounds but the first ten.
 fn allocations_of(device: Arc<dyn Device>) -> usize {
+    allocations_with(device, |_, _| {})
+}
+
+/// The same, on a bdev that was set up before.
+fn allocations_with(device: Arc<dyn Device>, set_up: impl FnOnce(&Arc<Registry>, &str)) -> usize {
     let name = device.info().name;
     let mut world = World::new(1, 1);
     let registry = Registry::new(world.handles());
     registry.register(device).unwrap();
+    set_up(&registry, &name);
+    world.settle();
     let descriptor = registry.open(&name, true, |_| {}).unwrap();
     world.with(0, |reactor| {
         let layer = Layer::of(reactor);
@@ -74,6 +91,78 @@ fn allocations_of(device: Arc<dyn Device>) -> usize {
 
 #[test]
 fn reads_and_writes_at_depth_128_allocate_nothing() {
+    let _turn = alone();
     assert_eq!(allocations_of(Arc::new(Null::new("null", 512, 1024, None, 0))), 0, "null");
     assert_eq!(allocations_of(Arc::new(Malloc::new("malloc", 512, 1024, None, 0, 0).unwrap())), 0, "malloc");
+}
+
+#[test]
+fn limits_and_histograms_allocate_nothing() {
+    let _turn = alone();
+    let measured = |registry: &Arc<Registry>, name: &str| {
+        let rates = [Some(1_000_000_000), Some(1 << 40), Some(1 << 40), Some(1 << 40)];
+        measures::set_limits(registry, name, rates, Box::new(|outcome| outcome.unwrap()));
+        let shape = Shape::new(GRANULARITY, 0, 1 << 40, OpSet::of(&[Op::Read, Op::Write])).unwrap();
+        measures::enable_histogram(registry, name, Some(shape), Box::new(|outcome| outcome.unwrap()));
+    };
+    assert_eq!(allocations_with(Arc::new(Null::new("null", 512, 1024, None, 0)), measured), 0);
+}
+
+/// Keeps 8 I/Os under way on a bdev that takes 10,000 a second.
+struct Waiting {
+    queue: Option<QueueId>,
+    channel: ChannelId,
+    done: Rc<Cell<u64>>,
+    reaped: Vec<IoId>,
+}
+
+impl Poller for Waiting {
+    fn poll(&mut self, reactor: &mut Reactor) -> usize {
+        let (Some(queue), layer) = (self.queue, Layer::of(reactor)) else { return 0 };
+        let mut layer = layer.borrow_mut();
+        layer.reap(reactor, queue, &mut self.reaped);
+        let count = self.reaped.len();
+        self.done.set(self.done.get() + count as u64);
+        for id in &self.reaped {
+            layer.retrieve(*id);
+            layer.io_mut(*id).push(queue, 0);
+        }
+        layer.submit(reactor, self.channel, &self.reaped);
+        self.reaped.clear();
+        count
+    }
+}
+
+#[test]
+fn waiting_for_a_limit_allocates_nothing() {
+    let _turn = alone();
+    let mut world = World::new(1, 1);
+    let registry = Registry::new(world.handles());
+    registry.register(Arc::new(Null::new("null", 512, 1024, None, 0))).unwrap();
+    measures::set_limits(&registry, "null", [Some(10_000), None, None, None], Box::new(|outcome| outcome.unwrap()));
+    world.settle();
+    let descriptor = registry.open("null", true, |_| {}).unwrap();
+    let done = Rc::new(Cell::new(0));
+    let told = done.clone();
+    world.with(0, |reactor| {
+        let layer = Layer::of(reactor);
+        let mut layer = layer.borrow_mut();
+        let poller = reactor.reserve_poller("test");
+        let queue = layer.add_queue(reactor.waker(poller).unwrap());
+        let channel = descriptor.channel(reactor, &mut layer).unwrap();
+        let memory = Region::new(Mapping::anonymous(512, Pages::Normal).unwrap());
+        let ids: Vec<IoId> = (0..8).map(|_| layer.take().unwrap()).collect();
+        for id in &ids {
+            let io = layer.io_mut(*id);
+            (io.op, io.lba, io.blocks) = (Op::Read, 0, 1);
+            io.list.push(Sge { region: memory.clone(), offset: 0, length: 512 });
+            io.push(queue, 0);
+        }
+        layer.submit(reactor, channel, &ids);
+        reactor.install_poller(poller, Box::new(Waiting { queue: Some(queue), channel, done: told, reaped: Vec::with_capacity(8) }));
+    });
+    world.run_until("the first thousand", 5_000_000, |_| done.get() >= 1000);
+    let before = allocations();
+    world.run_until("another thousand", 5_000_000, |_| done.get() >= 2000);
+    assert_eq!(allocations() - before, 0);
 }
