@@ -98,7 +98,8 @@ def partition_table(data: bytes) -> None:
         with suppress(gpt.GptError):
             found = gpt.decode_header(block.ljust(512, b"\0"), lba=lba, block_size=512, num_blocks=4096)
             start, blocks = found.array(512)
-            assert start >= 2 and start + blocks <= 4096, found
+            assert start >= 2, found
+            assert start + blocks <= 4096, found
             assert gpt.decode_header(found.encode().ljust(512, b"\0"), lba=lba, block_size=512, num_blocks=4096) == found
     usual = gpt.Header(1, 4095, 34, 4062, UUID(int=1), 2, 128, 128, crc32(array[:16384].ljust(16384, b"\0")))
     table = gpt.decode_entries(usual, array[:16384].ljust(16384, b"\0"))

@@ -209,9 +209,11 @@ async def test_a_disk_that_fails_its_reads_is_left_alone(spdk: Spdk, stack: Any,
     stack.bdevs.examiner.auto = False
     assert await attach(spdk, image) == ["disk"]
     await spdk("bdev_error_create", "disk")
-    await spdk("bdev_error_inject_error", "EE_disk", "read", "failure", "-n", "1")
+    await spdk("bdev_error_inject_error", "EE_disk", "read", "failure", "-n", "1000")
     await spdk("bdev_examine", "-b", "EE_disk")
     assert "EE_disk: its partition table cannot be read" in caplog.text
+    assert stack.bdevs.info("EE_disk").claimed_by is None
+    await spdk("bdev_error_inject_error", "EE_disk", "clear", "failure")
     await spdk("bdev_examine", "-b", "EE_disk")
     assert "EE_diskp1" in [info.name for info in stack.bdevs.infos()]
 

@@ -133,4 +133,10 @@ class Examiner:
             info = self._room.info(name)
             if info.claimed_by is not None or info.removing:
                 return
-            await look(self._room.stack, info)
+            try:
+                await look(self._room.stack, info)
+            except NoSuchBdev:
+                raise
+            except QpairError as error:
+                # What one kind stumbles over may be what another one knows.
+                logger.error("bdev %s could not be examined for %s: %s", name, module.name, error)
