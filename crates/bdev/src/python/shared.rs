@@ -226,7 +226,7 @@ impl WorkerEnd {
         let Some(windows) = self.windows() else { return out };
         loop {
             self.take(&windows, max, &mut out);
-            if !out.is_empty() {
+            if !out.is_empty() || max == 0 {
                 return out;
             }
             windows.worker_rests.store(1, Ordering::SeqCst);
