@@ -20,15 +20,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use qpair_bdev::lifecycle::{self, Reply};
-use qpair_bdev::{BdevError, Descriptor, Registry};
-use qpair_reactor::log::{self, Level as Severity};
-use qpair_wire::raid_superblock::{BASES_MAX, Base, BaseState, DATA_OFFSET_MIN, Level, NAME_BYTES};
+use qpair_bdev::{BdevError, Registry};
+use qpair_wire::raid_superblock::{BASES_MAX, BaseState, Level, NAME_BYTES};
 use uuid::Uuid;
-use zerocopy::little_endian::{U32, U64};
 
-use crate::array::{Array, Options, Phase, Process, RaidDevice, Slot, State, lock};
+use crate::array::{Array, Options, Phase, Slot, State, lock};
 use crate::mask::Mask;
-use crate::superblock::{Found, Superblock, load};
+use crate::seats::unseat;
 use crate::view::View;
 use crate::worker::{self, Turn, Worker};
 
@@ -94,14 +92,14 @@ pub struct ArrayInfo {
 
 /// See the module's doc.
 pub struct Raids {
-    registry: Arc<Registry>,
+    pub(crate) registry: Arc<Registry>,
     options: Arc<Mutex<Options>>,
-    arrays: Mutex<Vec<Arc<Array>>>,
+    pub(crate) arrays: Mutex<Vec<Arc<Array>>>,
     next: AtomicU64,
     ending: Arc<AtomicBool>,
 }
 
-fn os(errno: i32, what: String) -> BdevError {
+pub(crate) fn os(errno: i32, what: String) -> BdevError {
     BdevError::Os { what, source: std::io::Error::from_raw_os_error(errno) }
 }
 
@@ -206,7 +204,7 @@ impl Raids {
     }
 
     /// Members that went without a word while their array was no bdev.
-    fn sweep(&self) {
+    pub(crate) fn sweep(&self) {
         let arrays = lock(&self.arrays).clone();
         for array in arrays {
             let mut state = lock(&array.state);
@@ -233,7 +231,7 @@ impl Raids {
 
     // ---- making -----------------------------------------------------------------------------------------------------------------
 
-    fn array(&self, spec: &Spec) -> Result<Arc<Array>, BdevError> {
+    pub(crate) fn array(&self, spec: &Spec) -> Result<Arc<Array>, BdevError> {
         let slots = spec.bases.len();
         if spec.name.is_empty() || spec.name.len() >= NAME_BYTES {
             return Err(BdevError::invalid("name", &spec.name, format!("1 to {} bytes", NAME_BYTES - 1)));
@@ -320,7 +318,7 @@ impl Raids {
     }
 
     /// An array that is no bdev goes, and lets go of its members.
-    fn discard(&self, array: &Arc<Array>) {
+    pub(crate) fn discard(&self, array: &Arc<Array>) {
         self.forget(array);
         let mut state = lock(&array.state);
         state.deleting = true;
@@ -332,170 +330,7 @@ impl Raids {
         drop(members);
     }
 
-    // ---- members ----------------------------------------------------------------------------------------------------------------
-
-    /// Takes the bdev that a slot names; starts the array if it was the last, or a rebuild if the array is online.
-    async fn configure(self: &Arc<Self>, worker: &Worker, array: &Arc<Array>, slot: usize) -> Result<(), BdevError> {
-        let wanted = {
-            let state = lock(&array.state);
-            let slot = &state.slots[slot];
-            slot.name.clone().or_else(|| slot.uuid.map(|uuid| uuid.to_string())).unwrap_or_default()
-        };
-        let member = Arc::new(self.registry.open_base(&wanted, "raid")?);
-        self.seat(array, slot, &member)?;
-        let state = lock(&array.state);
-        let (phase, count) = (state.phase, state.slots.iter().filter(|slot| slot.configured).count());
-        let starts = phase == Phase::Configuring && count == state.operational;
-        drop(state);
-        if starts {
-            let outcome = self.bring_online(worker, array).await;
-            if outcome.is_err() {
-                unseat(array, slot);
-            }
-            return outcome;
-        }
-        if phase == Phase::Online { self.begin_rebuild(worker, array, slot, member).await } else { Ok(()) }
-    }
-
-    /// A bdev that is put into an array by hand must not be another array's, nor know more of this one than it does itself.
-    async fn check_new(&self, worker: &Worker, array: &Array, base: &str) -> Result<(), BdevError> {
-        let reader = Arc::new(self.registry.open(base, false, |_| {})?);
-        let Found::Superblock(found) = load(worker, &reader).await? else { return Ok(()) };
-        let (sequence, newest) = (lock(&array.state).sequence, found.header.seq_number.get());
-        if sequence == 0 || found.header.uuid != array.uuid.into_bytes() {
-            let name = found.header.name().unwrap_or("").to_owned();
-            return Err(BdevError::Exists(format!("the superblock of raid bdev {name} on base bdev {base}")));
-        }
-        if newest > sequence {
-            return Err(os(libc::EBUSY, format!("superblock {newest} on base bdev {base} is newer than the array's {sequence}")));
-        }
-        Ok(())
-    }
-
-    /// Checks a bdev's geometry against what the slot and the array need, and puts it there.
-    fn seat(&self, array: &Arc<Array>, slot: usize, member: &Arc<Descriptor>) -> Result<(), BdevError> {
-        let info = member.info().ok_or_else(|| BdevError::Removing(member.name().to_owned()))?;
-        let array_info = lock(&array.state).device.and_then(|_| self.registry.list(Some(&array.name)).ok()?.pop());
-        if let Some(listing) = array_info {
-            array.fits(&listing.info, &info)?;
-        }
-        let mut state = lock(&array.state);
-        let block = u64::from(info.block_size);
-        if state.block_size != 0 && state.block_size != info.block_size {
-            let limit = format!("the array's {}", state.block_size);
-            return Err(BdevError::invalid("block_size", format!("{block} of base bdev {}", info.name), limit));
-        }
-        let place = &mut state.slots[slot];
-        let mut offset = place.data_offset;
-        if array.superblock && offset == 0 {
-            offset = DATA_OFFSET_MIN / block;
-            if info.optimal_io_boundary != 0 {
-                offset = offset.next_multiple_of(u64::from(info.optimal_io_boundary));
-            }
-        }
-        let (room, needed) = (info.num_blocks.saturating_sub(offset), place.data_size.max(1));
-        if room < needed {
-            let limit = format!("at least {} for data from block {offset}", offset + needed);
-            return Err(BdevError::invalid("num_blocks", format!("{} of base bdev {}", info.num_blocks, info.name), limit));
-        }
-        place.data_offset = offset;
-        if place.data_size == 0 {
-            place.data_size = room;
-        }
-        (place.name, place.uuid) = (Some(info.name.clone()), Some(info.uuid));
-        (place.member, place.configured) = (Some(member.clone()), true);
-        state.block_size = info.block_size;
-        Ok(())
-    }
-
-    async fn bring_online(self: &Arc<Self>, worker: &Worker, array: &Arc<Array>) -> Result<(), BdevError> {
-        {
-            let mut state = lock(&array.state);
-            if array.level != Level::RAID1 && array.strip_blocks(state.block_size) == 0 {
-                return Err(BdevError::invalid("strip_size_kb", array.strip_kb, format!("at least a block of {} bytes", state.block_size)));
-            }
-            let (sizes, total) = array.sizes(&state);
-            if state.sequence != 0 && total != state.num_blocks {
-                let limit = format!("the superblock's {}", state.num_blocks);
-                return Err(BdevError::invalid("num_blocks", total, limit));
-            }
-            if total == 0 {
-                return Err(BdevError::invalid("num_blocks", 0, "at least a strip on each base bdev"));
-            }
-            state.slots.iter_mut().zip(sizes).for_each(|(slot, size)| slot.data_size = size);
-            state.num_blocks = total;
-            let mut view = View::clone(&state.view);
-            for (number, slot) in state.slots.iter_mut().enumerate() {
-                view.members[number] = slot.member.clone();
-                view.offsets[number] = slot.data_offset;
-                let this = Mask::of(number);
-                if slot.member.is_none() {
-                    view.recorded = view.recorded | this;
-                    continue;
-                }
-                (view.serving, view.writing) = (view.serving | this, view.writing | this);
-                if let Some(uuid) = slot.uuid.filter(|_| array.superblock) {
-                    let (offset, size) = (U64::new(slot.data_offset), U64::new(slot.data_size));
-                    let entry = Base { uuid: uuid.into_bytes(), data_offset: offset, data_size: size, slot: number as u8, ..Base::default() };
-                    slot.entry = Some(Base { state: U32::new(BaseState::CONFIGURED.0), ..entry });
-                }
-            }
-            view.version += 1;
-            state.view = Arc::new(view);
-        }
-        let info = array.describe()?;
-        if array.superblock {
-            let failed = array.write_superblocks(worker, array.view().serving).await;
-            if !failed.is_empty() {
-                return Err(os(libc::EIO, format!("the superblock of raid bdev {} could not be written to slots {failed:?}", array.name)));
-            }
-        }
-        // Before it is one: it may be removed as soon as it is there.
-        lock(&array.state).phase = Phase::Online;
-        let registered = self.registry.register(Arc::new(RaidDevice { array: array.clone(), info }));
-        let mut state = lock(&array.state);
-        match registered {
-            Ok(device) => {
-                state.device = (state.phase == Phase::Online).then_some(device);
-                Ok(())
-            }
-            Err(error) => {
-                state.phase = Phase::Configuring;
-                Err(error)
-            }
-        }
-    }
-
-    /// The member of a slot of an online array becomes the target of a rebuild.
-    async fn begin_rebuild(
-        self: &Arc<Self>,
-        worker: &Worker,
-        array: &Arc<Array>,
-        slot: usize,
-        member: Arc<Descriptor>,
-    ) -> Result<(), BdevError> {
-        let offset = {
-            let mut state = lock(&array.state);
-            state.process = Some(Process::new(slot, member.name()));
-            state.slots[slot].data_offset
-        };
-        array.tell_bases();
-        let this = Mask::of(slot);
-        let target = member.clone();
-        let admit = move |view: &mut View| {
-            (view.members[slot], view.offsets[slot]) = (Some(target), offset);
-            view.writing = view.writing | this;
-        };
-        let missed = array.publish(worker, admit).await;
-        if missed.has(slot) || self.registry.list(Some(member.name())).map_or(true, |found| found.iter().any(|found| found.removing)) {
-            lock(&array.state).process = None;
-            array.leave_now(worker, this, BaseState::FAILED, None).await;
-            return Err(BdevError::Removing(member.name().to_owned()));
-        }
-        let (array, tasks) = (array.clone(), worker.clone());
-        worker.spawn(async move { array.rebuild(&tasks, slot).await });
-        Ok(())
-    }
+    // ---- changing --------------------------------------------------------------------------------------------------------------
 
     async fn add_now(self: &Arc<Self>, worker: &Worker, name: &str, base: &str) -> Result<(), BdevError> {
         self.sweep();
@@ -609,230 +444,6 @@ impl Raids {
         self.discard(&array);
         Ok(())
     }
-
-    // ---- examining --------------------------------------------------------------------------------------------------------------
-
-    fn is_member(&self, name: &str) -> bool {
-        let has = |array: &Arc<Array>| lock(&array.state).slots.iter().any(|slot| slot.member.is_some() && slot.name.as_deref() == Some(name));
-        lock(&self.arrays).iter().any(has)
-    }
-
-    async fn examine_now(self: &Arc<Self>, worker: &Worker, bdev: &str) -> Result<bool, BdevError> {
-        self.sweep();
-        let listing = self.registry.list(Some(bdev))?.pop().ok_or_else(|| BdevError::NoSuchBdev(bdev.to_owned()))?;
-        if self.is_member(&listing.info.name) {
-            return Ok(true);
-        }
-        if listing.claimed_by.is_some() {
-            return Ok(false);
-        }
-        let found = {
-            let reader = Arc::new(self.registry.open(&listing.info.name, false, |_| {})?);
-            load(worker, &reader).await?
-        };
-        match found {
-            Found::Superblock(found) => self.join(worker, *found, &listing.info.name, listing.info.uuid, listing.info.block_size).await,
-            Found::Nothing => self.join_by_name(worker, &listing.info.name, listing.info.uuid).await,
-        }
-    }
-
-    /// A bdev without a superblock is what arrays wait for that have none either.
-    async fn join_by_name(self: &Arc<Self>, worker: &Worker, name: &str, uuid: Uuid) -> Result<bool, BdevError> {
-        let waits = |array: &Arc<Array>| {
-            let state = lock(&array.state);
-            let this = |slot: &Slot| slot.member.is_none() && (slot.name.as_deref() == Some(name) || slot.uuid == Some(uuid));
-            let slot = state.slots.iter().position(this)?;
-            (state.phase == Phase::Configuring && state.sequence == 0 && !state.deleting).then(|| (array.clone(), slot))
-        };
-        let found = lock(&self.arrays).iter().find_map(waits);
-        let Some((array, slot)) = found else { return Ok(false) };
-        let _turn = array.turn.take(worker).await;
-        if self.is_member(name) || lock(&array.state).slots[slot].member.is_some() {
-            return Ok(self.is_member(name));
-        }
-        self.configure(worker, &array, slot).await.map(|()| true)
-    }
-
-    /// A bdev that says itself what it is a member of.
-    async fn join(self: &Arc<Self>, worker: &Worker, found: Superblock, name: &str, uuid: Uuid, block_size: u32) -> Result<bool, BdevError> {
-        if found.header.block_size.get() != block_size {
-            let limit = format!("{}, by its superblock", found.header.block_size.get());
-            return Err(BdevError::invalid("block_size", format!("{block_size} of bdev {name}"), limit));
-        }
-        let same = |array: &&Arc<Array>| array.uuid.into_bytes() == found.header.uuid;
-        let known = lock(&self.arrays).iter().find(same).cloned();
-        let array = match known {
-            Some(array) => self.newest(worker, array, &found, name).await?,
-            None => self.array_of(&found)?,
-        };
-        let joined = self.admit(worker, &array, name, uuid).await;
-        self.gather(worker, &array).await;
-        joined
-    }
-
-    /// The array, made anew if what was found is newer than what it was made of.
-    async fn newest(&self, worker: &Worker, array: Arc<Array>, found: &Superblock, name: &str) -> Result<Arc<Array>, BdevError> {
-        // It may be about to come online.
-        let _turn = array.turn.take(worker).await;
-        let (sequence, phase, deleting) = {
-            let state = lock(&array.state);
-            (state.sequence, state.phase, state.deleting)
-        };
-        if deleting {
-            return Err(BdevError::Removing(array.name.clone()));
-        }
-        if sequence == 0 {
-            return Err(BdevError::invalid("superblock", format!("on bdev {name}"), format!("none: raid bdev {} has none", array.name)));
-        }
-        if found.header.seq_number.get() <= sequence {
-            return Ok(array.clone());
-        }
-        if phase != Phase::Configuring {
-            let what = format!("raid bdev {} is {}, and the superblock of bdev {name} is newer", array.name, phase.name());
-            return Err(os(libc::EBUSY, what));
-        }
-        self.discard(&array);
-        self.array_of(found)
-    }
-
-    /// The array that a superblock tells of.
-    fn array_of(&self, found: &Superblock) -> Result<Arc<Array>, BdevError> {
-        let header = &found.header;
-        let slots = usize::from(header.num_base_bdevs);
-        let spec = Spec {
-            name: header.name().unwrap_or("").to_owned(),
-            level: header.level(),
-            strip_kb: (u64::from(header.strip_size.get()) * u64::from(header.block_size.get()) / 1024) as u32,
-            bases: vec![String::new(); slots],
-            uuid: Some(Uuid::from_bytes(header.uuid)),
-            superblock: true,
-        };
-        let array = self.array(&spec)?;
-        let mut state = lock(&array.state);
-        (state.sequence, state.num_blocks, state.block_size) = (header.seq_number.get(), header.raid_size.get(), header.block_size.get());
-        state.slots.iter_mut().for_each(|slot| *slot = Slot::default());
-        state.operational = 0;
-        for base in &found.bases {
-            let slot = &mut state.slots[usize::from(base.slot)];
-            slot.entry = Some(*base);
-            slot.data_size = base.data_size.get();
-            if base.state() == BaseState::CONFIGURED {
-                (slot.uuid, slot.data_offset) = (Some(Uuid::from_bytes(base.uuid)), base.data_offset.get());
-            }
-        }
-        state.operational = state.slots.iter().filter(|slot| slot.uuid.is_some()).count();
-        if state.operational == 0 || (array.level != Level::RAID1 && state.operational != slots) {
-            let value = state.operational;
-            drop(state);
-            self.discard(&array);
-            return Err(BdevError::invalid("superblock", format!("with {value} current base bdevs"), "enough for its level"));
-        }
-        drop(state);
-        Ok(array)
-    }
-
-    /// Gives a bdev the slot that the array's superblock has for it.
-    async fn admit(self: &Arc<Self>, worker: &Worker, array: &Arc<Array>, name: &str, uuid: Uuid) -> Result<bool, BdevError> {
-        let _turn = array.turn.take(worker).await;
-        let (slot, phase) = {
-            let mut state = lock(&array.state);
-            let (phase, busy) = (state.phase, state.process.is_some());
-            let recorded = |slot: &Slot| slot.recorded().filter(|(recorded, _)| *recorded == uuid).map(|(_, state)| state);
-            let Some(number) = state.slots.iter().position(|slot| recorded(slot).is_some()) else {
-                return Err(BdevError::invalid("uuid", format!("{uuid} of bdev {name}"), format!("one of raid bdev {}'s superblock", array.name)));
-            };
-            let current = recorded(&state.slots[number]) == Some(BaseState::CONFIGURED);
-            let slot = &mut state.slots[number];
-            if slot.member.is_some() {
-                return if slot.name.as_deref() == Some(name) { Ok(true) } else { Err(BdevError::Exists(name.to_owned())) };
-            }
-            match phase {
-                Phase::Configuring if current => {}
-                Phase::Online if slot.is_empty() && !busy => (slot.name, slot.uuid) = (Some(name.to_owned()), Some(uuid)),
-                // Its turn comes when the array is online, or when the rebuild under way is over.
-                _ => return Ok(false),
-            }
-            (number, phase)
-        };
-        let outcome = self.configure(worker, array, slot).await;
-        if outcome.is_err() && phase == Phase::Online {
-            let mut state = lock(&array.state);
-            if !state.slots[slot].configured {
-                state.slots[slot].clear();
-            }
-        }
-        outcome.map(|()| true)
-    }
-
-    /// Looks for the other members of an array among the bdevs there are: first the current ones; once it is online, those that are to be rebuilt.
-    async fn gather(self: &Arc<Self>, worker: &Worker, array: &Arc<Array>) {
-        for slot in 0..array.slots {
-            let wanted = {
-                let state = lock(&array.state);
-                let slot = &state.slots[slot];
-                let current = slot.recorded().filter(|(_, state)| *state == BaseState::CONFIGURED);
-                current.filter(|_| slot.member.is_none() && state.phase == Phase::Configuring && !state.deleting)
-            };
-            if let Some((uuid, _)) = wanted {
-                self.admit_found(worker, array, uuid).await;
-            }
-        }
-        if lock(&array.state).phase == Phase::Online {
-            let (raids, array, tasks) = (self.clone(), array.clone(), worker.clone());
-            worker.spawn(async move { raids.take_back(&tasks, &array).await });
-        }
-    }
-
-    /// Rebuilds, one after the other, onto the members that were out when the array came online and are there.
-    async fn take_back(self: &Arc<Self>, worker: &Worker, array: &Arc<Array>) {
-        let out: Vec<Uuid> = {
-            let state = lock(&array.state);
-            let empty = state.slots.iter().filter(|slot| slot.is_empty());
-            empty.filter_map(|slot| slot.recorded().map(|(uuid, _)| uuid)).collect()
-        };
-        for uuid in out {
-            worker.until(|| lock(&array.state).process.is_none().then_some(())).await;
-            if lock(&array.state).deleting || lock(&array.state).phase != Phase::Online {
-                return;
-            }
-            self.admit_found(worker, array, uuid).await;
-        }
-    }
-
-    /// A bdev of that UUID, if it is there, free, and its own superblock is this array's.
-    async fn admit_found(self: &Arc<Self>, worker: &Worker, array: &Arc<Array>, uuid: Uuid) {
-        let Some(listing) = self.registry.list(Some(&uuid.to_string())).ok().and_then(|mut found| found.pop()) else { return };
-        if listing.claimed_by.is_some() || listing.removing {
-            return;
-        }
-        let Ok(reader) = self.registry.open(&listing.info.name, false, |_| {}).map(Arc::new) else { return };
-        let found = load(worker, &reader).await;
-        drop(reader);
-        let Ok(Found::Superblock(found)) = found else { return };
-        let sequence = lock(&array.state).sequence;
-        if found.header.uuid != array.uuid.into_bytes() || found.header.seq_number.get() > sequence {
-            return;
-        }
-        if let Err(error) = self.admit(worker, array, &listing.info.name, uuid).await {
-            log::say(Severity::Warning, "raid", format_args!("{}: bdev {}: {error}", array.name, listing.info.name));
-        }
-    }
-}
-
-fn unseat(array: &Array, slot: usize) {
-    let mut state = lock(&array.state);
-    let place = &mut state.slots[slot];
-    let member = place.member.take();
-    place.configured = false;
-    // What the superblock says counts again when it comes back.
-    if place.entry.is_none() {
-        place.data_size = 0;
-    }
-    let mut view = View::clone(&state.view);
-    view.members[slot] = None;
-    state.view = Arc::new(view);
-    drop(state);
-    drop(member);
 }
 
 impl Array {

@@ -93,29 +93,39 @@ impl Array {
 
     /// Has all that serve say that these are out; which could not be recorded.
     async fn record(self: &Arc<Self>, worker: &Worker, out: Mask, why: BaseState) -> Mask {
-        let mut out = out;
+        let out = if self.superblock {
+            match self.say_on_media(worker, out, why).await {
+                Ok(out) => out,
+                Err(refused) => return refused,
+            }
+        } else {
+            out
+        };
+        self.publish(worker, |view| view.recorded = view.recorded | out).await;
+        Mask::EMPTY
+    }
+
+    /// All that are out when it is said by all that stay; the error: it could not be said.
+    async fn say_on_media(self: &Arc<Self>, worker: &Worker, mut out: Mask, why: BaseState) -> Result<Mask, Mask> {
         let mut attempts = 0;
-        while self.superblock {
+        loop {
             self.mark(out, why);
             let serving = self.view().serving;
             let failed = self.write_superblocks(worker, serving).await;
             if failed.is_empty() {
-                break;
+                return Ok(out);
             }
-            let some = if serving.minus(failed).is_empty() { Mask::EMPTY } else { failed };
-            if some.is_empty() {
+            if serving.minus(failed).is_empty() {
                 attempts += 1;
                 if attempts == ATTEMPTS {
-                    return out;
+                    return Err(out);
                 }
                 worker.sleep(PAUSE_NS).await;
-                continue;
+            } else {
+                self.drop_members(worker, failed, BaseState::FAILED).await;
+                out = out | failed;
             }
-            self.drop_members(worker, some, BaseState::FAILED).await;
-            out = out | some;
         }
-        self.publish(worker, |view| view.recorded = view.recorded | out).await;
-        Mask::EMPTY
     }
 
     fn mark(&self, out: Mask, why: BaseState) {

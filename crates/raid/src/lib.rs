@@ -15,11 +15,13 @@
 
 mod array;
 mod control;
+mod examine;
 mod failing;
 mod geometry;
 mod mask;
 mod mirror;
 mod rebuild;
+mod seats;
 mod striped;
 mod superblock;
 mod view;

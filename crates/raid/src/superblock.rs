@@ -58,7 +58,9 @@ pub(crate) async fn load(worker: &Worker, base: &Arc<Descriptor>) -> Result<Foun
         region.read(0, &mut copy)?;
         match decode(&copy) {
             Ok((header, bases)) => return Ok(Found::Superblock(Box::new(Superblock { header: *header, bases: bases.to_vec() }))),
-            Err(Error::Short { needed, .. }) if needed > copy.len() && needed <= LENGTH_MAX => bytes = (needed as u64).next_multiple_of(block),
+            Err(Error::Short { needed, .. }) if needed > copy.len() && needed <= LENGTH_MAX => {
+                bytes = (needed as u64).next_multiple_of(block)
+            }
             Err(Error::Signature) => return Ok(Found::Nothing),
             Err(error) => {
                 log::say(Severity::Warning, "raid", format_args!("the superblock of bdev {name} is refused: {error}"));
@@ -88,7 +90,8 @@ impl Array {
         let mut header = Header { uuid: self.uuid.into_bytes(), num_base_bdevs: self.slots as u8, ..Header::default() };
         let name = self.name.as_bytes();
         header.name[..name.len()].copy_from_slice(name);
-        (header.raid_size, header.block_size, header.level) = (U64::new(state.num_blocks), U32::new(state.block_size), U32::new(self.level.0));
+        (header.raid_size, header.block_size, header.level) =
+            (U64::new(state.num_blocks), U32::new(state.block_size), U32::new(self.level.0));
         header.strip_size = U32::new(self.strip_blocks(state.block_size));
         header.seq_number = U64::new(state.sequence);
         let mut bases = Vec::with_capacity(self.slots);

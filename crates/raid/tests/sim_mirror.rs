@@ -48,7 +48,9 @@ impl Rig {
         let (legs, reactors) = (world.rng().between(2, 3) as u8, world.reactors() as u64);
         let blocks = OFFSET * u64::from(trouble.superblock) + reactors * CELLS * CELL;
         let delay_ns = *world.rng().pick(&[0, 20_000, 200_000]);
-        let disk = |number: u8| Disk::new(&format!("leg{number}"), number, blocks + u64::from(number), trouble.cached, delay_ns, Rng::new(number.into()));
+        let disk = |number: u8| {
+            Disk::new(&format!("leg{number}"), number, blocks + u64::from(number), trouble.cached, delay_ns, Rng::new(number.into()))
+        };
         let disks = (0..legs).map(disk).collect();
         let models = (0..reactors).map(|reactor| Model::new(reactor * CELLS * CELL, CELLS * CELL)).collect();
         Self { disks, models, trouble }
@@ -78,7 +80,9 @@ impl Stage {
 }
 
 fn create(world: &mut World, stage: &Stage, superblock: bool) {
-    stage.disks.iter().for_each(|disk| drop(stage.registry.register(disk.device()).unwrap()));
+    for disk in &stage.disks {
+        stage.registry.register(disk.device()).unwrap();
+    }
     let bases = stage.disks.iter().map(|disk| disk.info.name.clone()).collect();
     let spec = Spec { name: "mirror".to_owned(), level: Level::RAID1, strip_kb: 0, bases, uuid: None, superblock };
     let ledger = world.obligations().clone();
@@ -102,7 +106,8 @@ fn torment(stage: &Stage, trouble: Trouble, ledger: &Obligations, rng: &mut Rng)
     };
     // One leg at a time is ill: an array all of whose legs fail has nothing to promise.
     let others_well = stage.disks.iter().enumerate().all(|(other, disk)| {
-        other == number || disk.write_errors.load(Ordering::SeqCst) + disk.read_errors.load(Ordering::SeqCst) == 0 && !disk.hangs.load(Ordering::SeqCst)
+        other == number
+            || disk.write_errors.load(Ordering::SeqCst) + disk.read_errors.load(Ordering::SeqCst) == 0 && !disk.hangs.load(Ordering::SeqCst)
     });
     match rng.below(8) {
         0 if trouble.write_errors && others_well => disk.write_errors.store(*rng.pick(&[30, 300, 1000]), Ordering::SeqCst),
@@ -240,7 +245,11 @@ fn a_mirror_gives_what_was_written() {
 
 #[test]
 fn a_leg_that_fails_is_dropped_and_rebuilt() {
-    scenario("mirror_failing", 200, Trouble { write_errors: true, read_errors: true, superblock: true, resets: true, ..Trouble::default() });
+    scenario(
+        "mirror_failing",
+        200,
+        Trouble { write_errors: true, read_errors: true, superblock: true, resets: true, ..Trouble::default() },
+    );
 }
 
 #[test]
@@ -257,6 +266,14 @@ fn an_acknowledged_write_outlives_crashes() {
 
 #[test]
 fn a_flushed_write_outlives_power_cuts() {
-    let trouble = Trouble { write_errors: true, read_errors: true, removal: true, crashes: true, superblock: true, cached: true, ..Trouble::default() };
+    let trouble = Trouble {
+        write_errors: true,
+        read_errors: true,
+        removal: true,
+        crashes: true,
+        superblock: true,
+        cached: true,
+        ..Trouble::default()
+    };
     scenario("mirror_power_cut", 250, trouble);
 }
