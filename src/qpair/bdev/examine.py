@@ -82,6 +82,8 @@ class Examiner:
 
     async def idle(self) -> None:
         """Returns when all that appeared has been looked at."""
+        while self._room.stack.bridge.drain():
+            pass  # what the engine has said, but nobody has heard yet
         while self._task is not None:
             await asyncio.wait([self._task])
 
