@@ -278,6 +278,40 @@ fn a_panicking_message_or_timer_ends_alone() {
     assert_eq!(ran.get(), 1);
 }
 
+struct Counts(Rc<Cell<u32>>);
+
+impl Poller for Counts {
+    fn poll(&mut self, _: &mut Reactor) -> usize {
+        self.0.set(self.0.get() + 1);
+        0
+    }
+}
+
+#[test]
+fn a_poller_is_woken_at_its_time_and_not_when_that_was_cancelled() {
+    let (mut rig, runs) = (Rig::new(), Rc::new(Cell::new(0)));
+    let id = rig.reactor.add_poller("counts", Box::new(Counts(runs.clone())));
+    let waker = rig.reactor.waker(id).unwrap();
+    let asleep = |rig: &mut Rig| {
+        while rig.turn() == Turn::Again {
+            rig.pass(10_000);
+        }
+        runs.get()
+    };
+    let before = asleep(&mut rig);
+    let now_ns = rig.reactor.now_ns();
+    let cancelled = rig.reactor.wake_at(now_ns + 1_000_000, &waker);
+    rig.reactor.wake_at(now_ns + 2_000_000, &waker);
+    assert!(rig.reactor.cancel(cancelled));
+    assert_eq!(rig.turn(), Turn::Idle { until_ns: Some(now_ns + 2_000_000) });
+    rig.pass(1_500_000);
+    rig.turn();
+    assert_eq!(runs.get(), before, "it is not its time yet");
+    rig.pass(500_000);
+    assert!(asleep(&mut rig) > before);
+    assert_eq!(rig.turn(), Turn::Idle { until_ns: None });
+}
+
 #[test]
 fn timers_run_in_order_of_their_time_and_not_when_cancelled() {
     let (mut rig, log) = (Rig::new(), Log::default());
