@@ -25,7 +25,7 @@ pub const UNITS_MAX: u64 = 1 << 32;
 /// What was not used so long is lost.
 pub const BURST_NS: u64 = 1_000_000;
 /// What one who waits may be late without a loss.
-pub const CATCH_UP_NS: u64 = 20_000_000;
+pub const CATCH_UP_NS: u64 = 100_000_000;
 /// What a channel takes for those behind the first, and out of abundance: as much as the rate allows in this time.
 pub const SLICE_NS: u64 = 100_000;
 
@@ -41,6 +41,8 @@ pub struct Grant {
     pub units: u64,
     /// Usable from then on.
     pub from_ns: u64,
+    /// When the rate had allowed what came before: the time of the place in line.
+    pub place_ns: u64,
 }
 
 /// One rate.
@@ -67,6 +69,11 @@ impl Pace {
         self.slice
     }
 
+    /// What the rate allows between two moments.
+    pub fn between(&self, since_ns: u64, now_ns: u64) -> u64 {
+        self.level(now_ns) - self.level(since_ns.min(now_ns))
+    }
+
     fn level(&self, now_ns: u64) -> u64 {
         (u128::from(now_ns) * u128::from(self.per_second) / SECOND) as u64
     }
@@ -77,7 +84,7 @@ impl Pace {
         u64::try_from(at).unwrap_or(u64::MAX)
     }
 
-    /// Takes a place in line for `units`. `since_ns`: when the caller began to wait, or now.
+    /// Takes a place in line for `units`. `since_ns`: the time of the caller's last place, if he has waited ever since; or now.
     pub fn take(&self, units: u64, now_ns: u64, since_ns: u64) -> Grant {
         let floor = self.floor(now_ns, since_ns);
         let mut taken = self.taken.load(Ordering::Relaxed);
@@ -85,8 +92,10 @@ impl Pace {
             let place = taken.max(floor);
             let after = place.saturating_add(units);
             match self.taken.compare_exchange_weak(taken, after, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) if place <= self.level(now_ns) => return Grant { units, from_ns: now_ns },
-                Ok(_) => return Grant { units, from_ns: self.reached_ns(place) },
+                Ok(_) => {
+                    let place_ns = self.reached_ns(place);
+                    return Grant { units, from_ns: place_ns.max(now_ns), place_ns };
+                }
                 Err(other) => taken = other,
             }
         }
@@ -101,7 +110,7 @@ impl Pace {
             let left = level.checked_sub(place)?.checked_sub(units)?;
             let units = if left >= self.slice { units + self.slice } else { units };
             match self.taken.compare_exchange_weak(taken, place + units, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Some(Grant { units, from_ns: now_ns }),
+                Ok(_) => return Some(Grant { units, from_ns: now_ns, place_ns: now_ns }),
                 Err(other) => taken = other,
             }
         }
@@ -167,18 +176,34 @@ pub struct Limiter {
     pub rates: Rates,
     paces: [Option<Pace>; KINDS],
     held_ns: AtomicU64,
+    waiting: AtomicU64,
 }
 
 impl Limiter {
     /// Of these rates. Each starts with what it allows in [`BURST_NS`].
     pub fn new(rates: Rates) -> Self {
-        Self { rates, paces: rates.units().map(Pace::new), held_ns: AtomicU64::new(0) }
+        Self { rates, paces: rates.units().map(Pace::new), held_ns: AtomicU64::new(0), waiting: AtomicU64::new(0) }
     }
 
     /// The pace of a kind, unless that has no limit.
     #[inline]
     pub fn pace(&self, kind: usize) -> Option<&Pace> {
         self.paces[kind].as_ref()
+    }
+
+    /// A channel begins to wait.
+    pub fn joins(&self) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A channel waits no more.
+    pub fn leaves(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// How many channels wait.
+    pub fn waiting(&self) -> u64 {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Something is held back now. True: it is the first in a long time, which is news.

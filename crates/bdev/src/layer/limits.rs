@@ -24,6 +24,10 @@ use crate::{ChannelId, DeviceId, Info, Io, IoFlags, IoId, Notice, Op, Registry};
 struct Credit {
     units: u64,
     from_ns: u64,
+    /// The time of the last place in line.
+    place_ns: u64,
+    /// What may be taken in this turn.
+    left: u64,
 }
 
 impl Credit {
@@ -85,19 +89,29 @@ pub(super) struct Throttle {
     waits: Option<u64>,
     /// When the channel is to be woken.
     due_ns: Option<u64>,
-    took_ns: u64,
+    /// When something was last taken while it waited.
+    turn_ns: u64,
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        self.rest();
+    }
 }
 
 impl Throttle {
     /// Of these limiters, credit of before kept where they stay.
     fn new(before: Option<Box<Self>>, limiters: impl IntoIterator<Item = Arc<Limiter>>) -> Option<Box<Self>> {
-        let mut before = before.map_or_else(Vec::new, |before| before.shares);
+        let mut before = before.map_or_else(Vec::new, |mut before| {
+            before.rest();
+            std::mem::take(&mut before.shares)
+        });
         let mut share = |limiter: Arc<Limiter>| match before.iter().position(|share| Arc::ptr_eq(&share.limiter, &limiter)) {
             Some(at) => before.swap_remove(at),
             None => Share { limiter, credits: Default::default() },
         };
         let shares: Vec<Share> = limiters.into_iter().map(&mut share).collect();
-        (!shares.is_empty()).then(|| Box::new(Self { shares, waits: None, due_ns: None, took_ns: 0 }))
+        (!shares.is_empty()).then(|| Box::new(Self { shares, waits: None, due_ns: None, turn_ns: 0 }))
     }
 
     /// Pays for a batch of reads and writes, for all of it or for nothing.
@@ -111,7 +125,7 @@ impl Throttle {
         let units = u64::from(info.block_size) / UNIT_BYTES;
         let (read, written) = (read * units, written * units);
         let cost: Cost = [batch.len() as u64, read + written, read, written];
-        self.waits = None;
+        self.rest();
         for share in &mut self.shares {
             for (kind, credit) in share.credits.iter_mut().enumerate() {
                 if let Some(pace) = share.limiter.pace(kind)
@@ -129,8 +143,7 @@ impl Throttle {
     /// Pays for one I/O, or takes its place in line, for `queued` such.
     fn pay(&mut self, cost: &Cost, queued: u64, now_ns: u64) -> Result<(), Late> {
         let mut late: Option<Late> = None;
-        // Who is late takes what he missed by the slice, a turn each: others may be late, too.
-        let again = self.took_ns == now_ns && self.waits.is_some();
+        self.begin_turn(now_ns);
         for share in &mut self.shares {
             for (kind, credit) in share.credits.iter_mut().enumerate() {
                 let (Some(pace), need) = (share.limiter.pace(kind), cost[kind]) else { continue };
@@ -141,11 +154,13 @@ impl Throttle {
                     credit.expire(pace, now_ns);
                 }
                 if credit.units < need {
-                    let waited = self.waits.is_some_and(|since_ns| credit.from_ns >= since_ns);
+                    let waited = self.waits.is_some_and(|since_ns| credit.place_ns >= since_ns);
                     let behind = (queued - 1).min(pace.slice() / need) * need;
-                    let grant = pace.take(need - credit.units + behind, now_ns, if waited { credit.from_ns } else { now_ns });
-                    (credit.units, credit.from_ns) = (credit.units + grant.units, grant.from_ns.max(now_ns + u64::from(again)));
-                    self.took_ns = now_ns;
+                    let grant = pace.take(need - credit.units + behind, now_ns, if waited { credit.place_ns } else { now_ns });
+                    credit.units += grant.units;
+                    let later = self.waits.is_some() && credit.left == 0;
+                    credit.left = credit.left.saturating_sub(grant.units);
+                    (credit.from_ns, credit.place_ns) = (grant.from_ns.max(now_ns + u64::from(later)), grant.place_ns);
                 }
                 if credit.from_ns > late.as_ref().map_or(now_ns, |late| late.due_ns) {
                     late = Some(Late { due_ns: credit.from_ns, limiter: share.limiter.clone(), kind });
@@ -158,9 +173,34 @@ impl Throttle {
                 Ok(())
             }
             Some(late) => {
-                self.waits.get_or_insert(now_ns);
+                if self.waits.is_none() {
+                    self.waits = Some(now_ns);
+                    self.shares.iter().for_each(|share| share.limiter.joins());
+                }
                 Err(late)
             }
+        }
+    }
+
+    /// A turn of one that waits: who is late takes his part of what was missed, and the rest in the next turn: others may be late, too.
+    fn begin_turn(&mut self, now_ns: u64) {
+        let Some(since_ns) = self.waits.filter(|_| self.turn_ns != now_ns) else { return };
+        for share in &mut self.shares {
+            for (kind, credit) in share.credits.iter_mut().enumerate() {
+                if let Some(pace) = share.limiter.pace(kind) {
+                    let missed = pace.between(self.turn_ns.max(since_ns), now_ns);
+                    credit.left = pace.slice() + missed.div_ceil(share.limiter.waiting().max(1));
+                }
+            }
+        }
+        self.turn_ns = now_ns;
+    }
+
+    /// Nothing waits any more.
+    #[inline]
+    fn rest(&mut self) {
+        if self.waits.take().is_some() {
+            self.shares.iter().for_each(|share| share.limiter.leaves());
         }
     }
 
@@ -223,7 +263,7 @@ impl Layer {
         let Some(limits) = &mut slot.limits else { return false };
         let Err(late) = limits.pay(&cost, queued, now_ns) else {
             if queued == 1 {
-                limits.waits = None;
+                limits.rest();
             }
             return false;
         };
