@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from missing import missing
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, NoSuchDevice
 
 UUID = "5a0e6f0c-5a8c-4a8c-9d1b-2a6b7a1f6f11"
@@ -349,3 +352,31 @@ async def test_arrays_without_superblocks_are_saved_and_loaded(make_stack: Any, 
 async def test_options_out_of_range_are_refused(stack: Any) -> None:
     with pytest.raises(InvalidArgument, match="process_window_size_kb 0: at least 1"):
         await stack.rpc("bdev_raid_set_options", process_window_size_kb=0)
+
+
+async def test_spdk_rpc_drives_an_array_through_its_life(client: Any, server: Any, socket_path: str, stack: Any) -> None:
+    program = shutil.which("spdk-rpc", path=str(Path(sys.executable).parent)) or shutil.which("spdk-rpc")
+    if program is None:
+        missing("spdk-rpc", "pip install spdk")
+
+    async def call(*words: str) -> Any:
+        code, out, err = await client(program, "-s", socket_path, *words)
+        assert code == 0, err
+        return json.loads(out) if out.strip().startswith(("[", "{")) else out.strip()
+
+    await bases(stack, "m0", "m1", "m2")
+    await call("bdev_raid_set_options", "-w", "512", "-b", "0")
+    await call("bdev_raid_create", "-n", "r0", "-r", "raid1", "-b", "m0 m1", "-s", "--uuid", UUID)
+    (online,) = await call("bdev_raid_get_bdevs", "online")
+    assert (online["name"], online["superblock"], online["num_base_bdevs_operational"]) == ("r0", True, 2)
+    await call("bdev_raid_remove_base_bdev", "m0")
+    assert (await array(stack))["num_base_bdevs_operational"] == 1
+    await call("bdev_raid_add_base_bdev", "r0", "m2")
+    await rebuilt(stack)
+    code, out, err = await client(program, "-s", socket_path, "bdev_raid_add_base_bdev", "r0", "m0")
+    assert (code, '"code": -22' in out + err) == (1, True)
+    assert "Failed to add base bdev m0 to RAID bdev r0: Invalid argument" in out + err
+    await call("bdev_raid_delete", "r0", "-c")
+    assert await call("bdev_raid_get_bdevs", "all") == []
+    for name in ("m1", "m2"):
+        assert await stack.bdevs.handle(name).read(0, 512) == bytes(512)
