@@ -191,9 +191,12 @@ fn counting_with_aborts_is_wrong_by_those_in_doubt_at_most() {
     counters("counters_aborted", 1000, true, Plan { delay_ns: 100_000, stall: 30, ..Plan::default() });
 }
 
+/// A range that is had: first block, blocks, against whom, and the promise to give it back.
+type Had = (RangeLock, u64, u64, Keep, u64);
+
 /// Locks ranges for a while, several at a time, and looks whether anybody is in them.
 fn locker(registry: Arc<Registry>, device: Arc<SimDevice>, ledger: Obligations, mut left: u32) -> impl FnMut(u64, &mut Rng) -> Act {
-    let had: Arc<Mutex<Vec<(RangeLock, u64, u64, Keep, u64)>>> = Arc::default();
+    let had: Arc<Mutex<Vec<Had>>> = Arc::default();
     let unanswered = Arc::new(());
     move |now_ns, rng| {
         let mut mine = had.lock().unwrap();
