@@ -13,7 +13,11 @@ LINES_MAX = 600
 # Rooms that users never see: the engine's ground, and the bindings themselves.
 ENGINE_ONLY = {"wire", "memory", "reactor", "python"}
 # Rooms whose Python side lives in another one, and why.
-GUESTS = {"perf": "bdev/perf.py", "vbdev": "bdev/modules/__init__.py"}  # measuring is something that one does to a bdev
+GUESTS = {
+    "perf": "bdev/perf.py",
+    "vbdev": "bdev/modules/__init__.py",
+    "raid": "bdev/modules/raid.py",
+}  # measuring is something that one does to a bdev
 UNSAFE_HOMES = {"memory", "reactor", "python"}
 # Code above the reactor is told the time and given threads, so that the simulator can play both.
 CLOCK_READERS = {"memory", "reactor", "python"}
