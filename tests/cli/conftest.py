@@ -12,6 +12,7 @@ import select
 import signal
 import struct
 import termios
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,13 @@ class Terminal:
         self.shown = ""
 
     def until(self, pattern: str) -> None:
-        """Read until ``pattern`` was shown."""
-        while re.search(pattern, self.shown) is None:
-            ready, _, _ = select.select([self._fd], [], [], 20)
-            assert ready, f"nothing more came, {pattern!r} is not in {self.shown!r}"
+        """Read until ``pattern`` was shown, colours aside."""
+        deadline = time.monotonic() + 30
+        while re.search(pattern, plain(self.shown[-8192:])) is None:
+            ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                os.kill(self._pid, signal.SIGKILL)
+                raise AssertionError(f"{pattern!r} is not in {plain(self.shown)[-500:]!r}")
             self.shown += os.read(self._fd, 1 << 16).decode(errors="replace")
 
     def interrupt(self) -> None:
@@ -131,4 +135,9 @@ class Terminal:
 
     def lines(self) -> list[str]:
         """What was shown, without colours and movements."""
-        return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown).replace("\r", "").splitlines()]
+        return [line.rstrip() for line in plain(self.shown).splitlines()]
+
+
+def plain(shown: str) -> str:
+    """Without colours and movements."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "")
