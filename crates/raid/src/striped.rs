@@ -35,6 +35,8 @@ pub(crate) struct Striped {
     below: Vec<ChannelId>,
     ready: Vec<Vec<IoId>>,
     fanned: Vec<Fanned>,
+    /// How many of those are under way.
+    busy: usize,
     waiting: VecDeque<IoId>,
 }
 
@@ -56,6 +58,7 @@ impl Striped {
             ready: below.iter().map(|_| Vec::with_capacity(256)).collect(),
             below,
             fanned: (0..FANNED_MAX).map(|_| vacant()).collect(),
+            busy: 0,
             waiting: VecDeque::new(),
         })
     }
@@ -67,6 +70,7 @@ impl Striped {
         let (op, lba, blocks) = (io.op, io.lba, io.blocks);
         let fanned = &mut self.fanned[index];
         (fanned.parent, fanned.status) = (Some(parent), Status::SUCCESS);
+        self.busy += 1;
         for member in 0..self.below.len() {
             let part = if op == Op::Flush { Some((0, 0)) } else { self.layout.part(member, lba, blocks) };
             let Some((first, count)) = part else { continue };
@@ -94,6 +98,7 @@ impl Striped {
         if fanned.children.is_empty()
             && let Some(parent) = fanned.parent.take()
         {
+            self.busy -= 1;
             layer.complete(parent, fanned.status);
         }
     }
@@ -151,7 +156,7 @@ impl Channel for Striped {
     }
 
     fn completed(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
-        if batch.iter().all(|id| layer.io(*id).frame().tag == WHOLE) {
+        if self.busy == 0 {
             layer.pass_up(self.id, 0, batch);
         } else {
             self.merge(layer, reactor, batch);
