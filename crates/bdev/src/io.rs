@@ -318,14 +318,14 @@ impl Slab {
     }
 
     /// Panics on a stale name: whoever uses one has a bug, and its poller is poisoned for it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, id: IoId) -> &Io {
         let io = &self.ios[id.slot()];
         assert!(io.generation == id.generation, "stale I/O name");
         io
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get_mut(&mut self, id: IoId) -> &mut Io {
         let io = &mut self.ios[id.slot()];
         assert!(io.generation == id.generation, "stale I/O name");

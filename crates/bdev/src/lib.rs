@@ -13,7 +13,7 @@
 //!
 //! Errors. [`BdevError`] for misuse and control; an I/O's result is an NVMe [`Status`].
 //!
-//! Not implemented: QoS, histograms, locked ranges, zcopy (the operations have their names).
+//! Not implemented: protection information, and metadata within the blocks.
 //!
 //! Limits: [`FRAMES_MAX`] bdevs stacked; I/Os per reactor as configured.
 

@@ -104,6 +104,38 @@ pub enum Reset {
     Errors,
 }
 
+/// I/Os of one kind that end together: counted in registers, and written down once.
+pub(crate) struct Run {
+    op: Op,
+    latency: Latency,
+}
+
+impl Run {
+    #[inline(always)]
+    pub(crate) fn of(op: Op) -> Self {
+        Self { op, latency: Latency::default() }
+    }
+
+    /// As [`Stats::book`], into `stats` only what is not of the kind.
+    #[inline(always)]
+    pub(crate) fn book(&mut self, stats: &mut Stats, op: Op, bytes: u64, elapsed_ns: u64, status: Status) {
+        if op == self.op && !status.is_error() && matches!(op, Op::Read | Op::Write) {
+            self.latency.book(bytes, elapsed_ns);
+        } else {
+            stats.book(op, bytes, elapsed_ns, status);
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn end(self, stats: &mut Stats) {
+        match self.op {
+            Op::Read => stats.read.add(&self.latency),
+            Op::Write => stats.write.add(&self.latency),
+            _ => {}
+        }
+    }
+}
+
 impl Stats {
     /// Books one finished I/O.
     #[inline(always)]

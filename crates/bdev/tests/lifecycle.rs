@@ -207,7 +207,11 @@ fn what_the_device_cannot_do_is_refused_before_it_sees_it() {
     assert_eq!(bench.refusal(Op::Write, 0, 0, &[]), Some(Status::INVALID_FIELD));
     assert_eq!(bench.refusal(Op::Write, 0, 2, &[512]), Some(Status::INVALID_FIELD));
     assert_eq!(bench.refusal(Op::Read, 0, 1, &[512, 1]), Some(Status::INVALID_FIELD));
-    assert_eq!(bench.refusal(Op::Compare, 0, 1, &[512]), Some(Status::INVALID_OPCODE));
+    assert_eq!(bench.refusal(Op::Compare, 0, 1, &[513]), Some(Status::INVALID_FIELD));
+    assert_eq!(bench.refusal(Op::CompareAndWrite, 0, 1, &[512]), Some(Status::INVALID_FIELD), "half of it is missing");
+    assert_eq!(bench.refusal(Op::Copy, 999, 2, &[]), Some(Status::LBA_OUT_OF_RANGE));
+    assert_eq!(bench.refusal(Op::ZcopyStart, 0, 1, &[512]), Some(Status::INVALID_FIELD), "what is lent is not brought along");
+    assert_eq!(bench.refusal(Op::ZoneAppend, 0, 1, &[512]), Some(Status::INVALID_OPCODE));
     assert_eq!(bench.refusal(Op::NvmeIo, 0, 1, &[]), Some(Status::INVALID_OPCODE));
     assert_eq!(bench.refusal(Op::Flush, 0, 0, &[]), Some(Status::SUCCESS), "no write cache, nothing to flush");
     let mut bench = Bench::new(|info| info.readonly = true);
@@ -218,6 +222,8 @@ fn what_the_device_cannot_do_is_refused_before_it_sees_it() {
     assert_eq!(bench.refusal(Op::Write, 4, 8, &[4096]), Some(Status::INVALID_FIELD));
     assert_eq!(bench.refusal(Op::Write, 8, 4, &[2048]), Some(Status::INVALID_FIELD));
     assert_eq!(bench.refusal(Op::WriteZeroes, 4, 8, &[]), Some(Status::INVALID_FIELD), "emulated by writes");
+    assert_eq!(bench.refusal(Op::Copy, 4, 8, &[]), Some(Status::INVALID_FIELD), "emulated by writes");
+    assert_eq!(bench.refusal(Op::CompareAndWrite, 4, 8, &[8192]), Some(Status::INVALID_FIELD));
 }
 
 #[test]
@@ -309,7 +315,7 @@ fn removal_drains_then_aborts_then_is_gone() {
     assert_eq!(descriptor.info().map(drop), None);
     bench.close();
     let layer = bench.layer.clone();
-    assert_eq!(layer.borrow().ios(), (160, 160), "128, and 32 for the channel's children");
+    assert_eq!(layer.borrow().ios(), (164, 164), "128, and the channel's own: 32 children, 4 helpers");
 }
 
 #[test]
@@ -411,7 +417,7 @@ fn what_an_absent_front_end_left_goes_back_to_the_slab() {
     for _ in 0..3000 {
         bench.world.step();
     }
-    assert_eq!(layer.borrow().ios(), (160, 128), "all but the channel's children");
+    assert_eq!(layer.borrow().ios(), (164, 128), "all but the channel's own");
 }
 
 #[test]

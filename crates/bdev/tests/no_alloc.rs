@@ -3,12 +3,13 @@
 use std::alloc::System;
 use std::cell::Cell;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use qpair_bdev::histogram::{GRANULARITY, Shape};
 use qpair_bdev::malloc::Malloc;
 use qpair_bdev::measures;
 use qpair_bdev::null::Null;
+use qpair_bdev::passthru::Passthru;
 use qpair_bdev::{ChannelId, Device, IoId, Layer, Op, OpSet, QueueId, Registry, Status};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
@@ -17,12 +18,6 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
-
-/// The count is the process's: one test at a time.
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn allocations() -> usize {
     let stats = ALLOCATOR.stats();
@@ -45,12 +40,18 @@ fn allocations_of(device: Arc<dyn Device>) -> usize {
 /// The same, on a bdev that was set up before.
 fn allocations_with(device: Arc<dyn Device>, set_up: impl FnOnce(&Arc<Registry>, &str)) -> usize {
     let name = device.info().name;
+    allocations_upon(device, &name, set_up)
+}
+
+/// The same, with I/O to the bdev `top`, which stands on it.
+fn allocations_upon(device: Arc<dyn Device>, top: &str, set_up: impl FnOnce(&Arc<Registry>, &str)) -> usize {
+    let name = device.info().name;
     let mut world = World::new(1, 1);
     let registry = Registry::new(world.handles());
     registry.register(device).unwrap();
     set_up(&registry, &name);
     world.settle();
-    let descriptor = registry.open(&name, true, |_| {}).unwrap();
+    let descriptor = registry.open(top, true, |_| {}).unwrap();
     world.with(0, |reactor| {
         let layer = Layer::of(reactor);
         let mut layer = layer.borrow_mut();
@@ -89,16 +90,21 @@ fn allocations_with(device: Arc<dyn Device>, set_up: impl FnOnce(&Arc<Registry>,
     })
 }
 
-#[test]
 fn reads_and_writes_at_depth_128_allocate_nothing() {
-    let _turn = alone();
     assert_eq!(allocations_of(Arc::new(Null::new("null", 512, 1024, None, 0))), 0, "null");
     assert_eq!(allocations_of(Arc::new(Malloc::new("malloc", 512, 1024, None, 0, 0).unwrap())), 0, "malloc");
 }
 
-#[test]
+fn a_tower_allocates_nothing() {
+    let upon = |registry: &Arc<Registry>, _: &str| {
+        for (name, base) in [("p0", "null"), ("p1", "p0"), ("top", "p1")] {
+            registry.register(Arc::new(Passthru::new(registry, name, base, None).unwrap())).unwrap();
+        }
+    };
+    assert_eq!(allocations_upon(Arc::new(Null::new("null", 512, 1024, None, 0)), "top", upon), 0);
+}
+
 fn limits_and_histograms_allocate_nothing() {
-    let _turn = alone();
     let measured = |registry: &Arc<Registry>, name: &str| {
         let rates = [Some(1_000_000_000), Some(1 << 40), Some(1 << 40), Some(1 << 40)];
         measures::set_limits(registry, name, rates, Box::new(|outcome| outcome.unwrap()));
@@ -133,9 +139,7 @@ impl Poller for Waiting {
     }
 }
 
-#[test]
 fn waiting_for_a_limit_allocates_nothing() {
-    let _turn = alone();
     let mut world = World::new(1, 1);
     let registry = Registry::new(world.handles());
     registry.register(Arc::new(Null::new("null", 512, 1024, None, 0))).unwrap();
@@ -165,4 +169,13 @@ fn waiting_for_a_limit_allocates_nothing() {
     let before = allocations();
     world.run_until("another thousand", 5_000_000, |_| done.get() >= 2000);
     assert_eq!(allocations() - before, 0);
+}
+
+/// One test, for the counter is the whole process's: another that begins or ends meanwhile allocates too.
+#[test]
+fn nothing_is_allocated_in_steady_state() {
+    reads_and_writes_at_depth_128_allocate_nothing();
+    limits_and_histograms_allocate_nothing();
+    waiting_for_a_limit_allocates_nothing();
+    a_tower_allocates_nothing();
 }

@@ -11,12 +11,8 @@ use crate::engine::Engine;
 use crate::values::{Failure, Number, Value};
 
 const LEVELS: [(&str, Level); 4] = [("raid0", Level::RAID0), ("raid1", Level::RAID1), ("raid5f", Level::RAID5F), ("concat", Level::CONCAT)];
-const STATES: [(&str, BaseState); 4] = [
-    ("missing", BaseState::MISSING),
-    ("configured", BaseState::CONFIGURED),
-    ("failed", BaseState::FAILED),
-    ("spare", BaseState::SPARE),
-];
+const STATES: [(&str, BaseState); 4] =
+    [("missing", BaseState::MISSING), ("configured", BaseState::CONFIGURED), ("failed", BaseState::FAILED), ("spare", BaseState::SPARE)];
 
 fn level_of(name: &str) -> Result<Level, Failure> {
     let found = LEVELS.iter().find(|(known, _)| *known == name);

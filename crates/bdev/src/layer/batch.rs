@@ -1,13 +1,14 @@
 //! The common case, whole batches in one pass: submitted as they are, completed alike, and given back.
 //!
-//! What is done here is exactly what `submit_slowly`, `complete` and `retrieve` do one I/O at a time, with the look-ups of channel, queue and
+//! What is done here is exactly what `submit_slowly`, `complete`, `pass_down`, `pass_rest` and `retrieve` do one I/O at a time, with the look-ups of channel, queue and
 //! waker made once. Whatever is not common goes there.
 
 use qpair_wire::nvme::Status;
 
-use super::{ChannelState, Layer, Owner, check};
+use super::{ChannelState, Layer, Owner, QueueId, check};
 use crate::io::{Slab, State};
-use crate::{ChannelId, IoFlags, IoId};
+use crate::stats::Run;
+use crate::{ChannelId, Frame, IoFlags, IoId, Op};
 
 impl Layer {
     /// True: the device takes I/O, has room, every I/O fits as it is, and all are booked in flight. False: nothing has changed.
@@ -37,6 +38,83 @@ impl Layer {
         true
     }
 
+    /// Passing down as [`all_plain`](Self::all_plain) submits: frames are pushed in the same pass. False: nothing has changed.
+    #[inline]
+    pub(super) fn all_pass(&mut self, below: ChannelId, queue: QueueId, tag: u64, shift: u64, batch: &[IoId]) -> bool {
+        let Some(slot) = self.slots.get_mut(below.0 as usize).and_then(Option::as_mut) else { return false };
+        if slot.state != ChannelState::Open || !slot.waiting.is_empty() || !slot.gate.ranges.is_empty() || slot.room() < batch.len() {
+            return false;
+        }
+        if slot.limits.is_some() {
+            return false;
+        }
+        let submitted_ns = self.now_ns;
+        for (position, id) in batch.iter().enumerate() {
+            let io = self.ios.get_mut(*id);
+            let lba = io.lba;
+            io.lba = lba.wrapping_add(shift);
+            if io.state != State::Submitted || !check::is_plain(&slot.info, io) {
+                io.lba = lba;
+                lift(&mut self.ios, &batch[..position]);
+                return false;
+            }
+            io.frames[usize::from(io.depth)] = Frame { queue, channel: below, tag, lba, submitted_ns };
+            io.depth += 1;
+        }
+        slot.inflight += batch.len() as u32;
+        true
+    }
+
+    /// Takes I/Os at the batch's start that came back from below, plain ones that go to one place, and ends them as they ended there;
+    /// returns how many.
+    #[inline]
+    pub(super) fn pass_run(&mut self, above: ChannelId, batch: &[IoId]) -> usize {
+        let (Some(first), Some(Some(slot))) = (batch.first(), self.slots.get_mut(above.0 as usize)) else { return 0 };
+        let io = self.ios.get(*first);
+        if io.depth < 2 || !slot.is_calm() || slot.histogram.is_some() {
+            return 0;
+        }
+        let (queue, mut run) = (io.frames[usize::from(io.depth) - 2].queue, Run::of(io.op));
+        let place = &mut self.queues[queue.0 as usize];
+        if !matches!(place.owner, Owner::FrontEnd(_) | Owner::Channel(_)) {
+            return 0;
+        }
+        let was_empty = place.entries.is_empty();
+        let (shift, now_ns) = (slot.info.block_size.trailing_zeros(), self.now_ns);
+        let mut done = 0;
+        for id in batch {
+            let io = self.ios.get_mut(*id);
+            let plain = matches!(io.op, Op::Read | Op::Write)
+                && io.depth > 1
+                && !io.flags.intersects(IoFlags::SPLIT | IoFlags::CHILD | IoFlags::AWAITED | IoFlags::EMULATED);
+            if !plain {
+                break;
+            }
+            let depth = usize::from(io.depth) - 1;
+            let frame = &io.frames[depth - 1];
+            if frame.queue != queue || frame.channel != above {
+                break;
+            }
+            assert!(io.state == State::Done, "I/O passed up in state {:?}", io.state);
+            run.book(&mut slot.stats, io.op, io.blocks << shift, now_ns.saturating_sub(frame.submitted_ns), io.status);
+            io.lba = io.frames[depth].lba;
+            io.depth = depth as u8;
+            place.entries.push(*id);
+            done += 1;
+        }
+        run.end(&mut slot.stats);
+        slot.inflight -= done as u32;
+        match &place.owner {
+            Owner::FrontEnd(waker) => waker.wake(),
+            _ if was_empty && done > 0 => {
+                self.inner_ready.push(queue);
+                self.call_settler();
+            }
+            _ => {}
+        }
+        done
+    }
+
     /// Ends I/Os of one channel alike, as [`complete`](Self::complete) does one.
     #[inline]
     pub fn complete_all(&mut self, channel: ChannelId, batch: &[IoId], status: Status) {
@@ -50,7 +128,8 @@ impl Layer {
     #[inline]
     fn complete_run(&mut self, channel: ChannelId, batch: &[IoId], status: Status) -> usize {
         let (Some(first), Some(Some(slot))) = (batch.first(), self.slots.get_mut(channel.0 as usize)) else { return 0 };
-        let queue = self.ios.get(*first).frame().queue;
+        let io = self.ios.get(*first);
+        let (queue, mut run) = (io.frame().queue, Run::of(io.op));
         let place = &mut self.queues[queue.0 as usize];
         if !slot.is_calm() || !matches!(place.owner, Owner::FrontEnd(_) | Owner::Channel(_)) {
             return 0;
@@ -67,13 +146,14 @@ impl Layer {
             assert!(io.state == State::Submitted, "I/O completed in state {:?}", io.state);
             let elapsed_ns = self.now_ns.saturating_sub(frame.submitted_ns);
             (io.state, io.status) = (State::Done, status);
-            slot.stats.book(io.op, io.blocks << shift, elapsed_ns, status);
+            run.book(&mut slot.stats, io.op, io.blocks << shift, elapsed_ns, status);
             if let Some(counting) = &mut slot.histogram {
                 counting.histogram.book(io.op, elapsed_ns);
             }
             place.entries.push(*id);
             done += 1;
         }
+        run.end(&mut slot.stats);
         slot.inflight -= done as u32;
         match &place.owner {
             Owner::FrontEnd(waker) => waker.wake(),
@@ -90,6 +170,15 @@ impl Layer {
     #[inline]
     pub fn finish(&mut self, id: IoId) -> (u64, Status) {
         self.ios.finish(id)
+    }
+}
+
+/// Takes frames off again, of I/Os that were about to be passed down.
+#[cold]
+fn lift(ios: &mut Slab, batch: &[IoId]) {
+    for id in batch {
+        let io = ios.get_mut(*id);
+        io.lba = io.pop().lba;
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) enum Route {
 }
 
 /// The fast question for reads and writes; everything else takes [`route`].
-#[inline]
+#[inline(always)]
 pub(super) fn is_plain(info: &Info, io: &Io) -> bool {
     let writes = io.op == Op::Write;
     (writes || io.op == Op::Read)

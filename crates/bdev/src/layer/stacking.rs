@@ -40,6 +40,10 @@ impl Layer {
     /// Passes I/Os on to a channel below, `shift` blocks further on; they come back to `queue` with `tag`.
     #[inline]
     pub fn pass_down(&mut self, reactor: &mut Reactor, below: ChannelId, queue: QueueId, tag: u64, shift: u64, batch: &[IoId]) {
+        self.now_ns = reactor.now_ns();
+        if self.all_pass(below, queue, tag, shift, batch) {
+            return self.dispatch(reactor, below, batch);
+        }
         for id in batch {
             let io = self.ios.get_mut(*id);
             io.push(queue, tag);
@@ -54,6 +58,12 @@ impl Layer {
     /// Completes I/Os of channel `above` that came back as they came back; `shift` as they were passed down.
     #[inline]
     pub fn pass_up(&mut self, above: ChannelId, shift: u64, batch: &[IoId]) {
+        let done = self.pass_run(above, batch);
+        self.pass_rest(above, shift, &batch[done..]);
+    }
+
+    /// Those that are not of the common kind, one after the other.
+    fn pass_rest(&mut self, above: ChannelId, shift: u64, batch: &[IoId]) {
         let mut start = 0;
         let mut status = Status::SUCCESS;
         for (position, id) in batch.iter().enumerate() {
