@@ -33,6 +33,7 @@ async def test_a_reactor_is_the_same_thread_in_every_method(stack: Any) -> None:
 async def test_a_thread_has_a_channel_of_each_bdev_that_is_used_on_it(stack: Any) -> None:
     await stack.null("used", "1MiB")
     await stack.null("unused", "1MiB")
+    await stack.rpc("bdev_wait_for_examine")  # who looks for partitions uses them for a moment
     async with await stack.open("used") as disk:
         await disk.read(0, 512)
         (thread,) = (await stack.rpc("thread_get_io_channels"))["threads"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qpair.errors import InvalidArgument, NoSuchBdev
+from qpair.errors import NoSuchBdev
 
 UUID = "1c2f2f5e-0c43-4a39-b1c5-6d38a0b9e0d2"
 

@@ -126,7 +126,7 @@ async def test_a_second_server_on_the_same_socket_is_refused(serve: Any) -> None
     second = await serve()
     _, err = await asyncio.wait_for(second.process.communicate(), 20)
     assert second.process.returncode == 1
-    assert f"is served by process {first.process.pid}; name another with -r" in err.decode()
+    assert f"is served by another process; name another with -r (process {first.process.pid} has its lock)" in err.decode()
     assert (await first.end())[0] == 0
 
 

@@ -229,7 +229,14 @@ class Engine:
         return token
 
     def bdev_null_create(
-        self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0
+        self,
+        name: str,
+        *,
+        num_blocks: int,
+        block_size: int,
+        uuid: str | None = None,
+        physical_block_size: int = 0,
+        metadata_bytes: int = 0,
     ) -> int:
         return self._add(Disk(name, "null", block_size, num_blocks, uuid or ""))
 
@@ -242,6 +249,7 @@ class Engine:
         uuid: str | None = None,
         physical_block_size: int = 0,
         optimal_io_boundary: int = 0,
+        metadata_bytes: int = 0,
     ) -> int:
         if num_blocks * block_size > 1 << 32:
             raise EngineError(errno.ENOMEM, f"num_blocks {num_blocks}: no memory")
@@ -374,7 +382,7 @@ class Engine:
         self.reply(token)
         return token
 
-    def bdev_io(self, descriptor: int, op: str, offset_blocks: int = 0, num_blocks: int = 0, data: Any = None) -> int:
+    def bdev_io(self, descriptor: int, op: str, offset_blocks: int = 0, num_blocks: int = 0, data: Any = None, **options: Any) -> int:
         disk, write = self.opened[descriptor]
         token = self.token()
         start, size = offset_blocks * disk.block_size, num_blocks * disk.block_size

@@ -157,7 +157,7 @@ def test_bad_ios_are_refused_before_they_start(start: Callable[..., Any]) -> Non
         (("read", -1, 1), f"offset_blocks -1: 0 to {2**64 - 1}"),
         (("write", 0, 1), "data None: a write needs a buffer"),
         (("write", 0, 2, bytes(512)), "data of 512 bytes: 1024 bytes"),
-        (("erase", 0, 1), "op erase: read, write, flush, unmap, write_zeroes or reset"),
+        (("erase", 0, 1), "op erase: read, write, flush, unmap, write_zeroes, reset, compare, compare_and_write or copy"),
     ]
     for args, text in invalid:
         assert refusal(lambda args=args: engine.bdev_io(disk, *args)) == (errno.EINVAL, f"Invalid argument: {text}")  # type: ignore[misc]

@@ -17,8 +17,8 @@ from typing import Any, Literal, Self, TypeAlias, final
 
 __all__ = [
     "BdevEvent",
-    "Engine",
     "DelayControl",
+    "Engine",
     "EngineError",
     "ErrorControl",
     "Event",
@@ -236,9 +236,7 @@ class Engine:
     def bdev_error_create(self, name: str, base: str, *, uuid: str | None = None) -> ErrorControl:
         """A bdev on ``base`` that errors can be injected into."""
 
-    def bdev_zone_block_create(
-        self, name: str, base: str, *, zone_capacity: int, optimal_open_zones: int, uuid: str | None = None
-    ) -> int:
+    def bdev_zone_block_create(self, name: str, base: str, *, zone_capacity: int, optimal_open_zones: int, uuid: str | None = None) -> int:
         """A zoned bdev on ``base``; ``zone_capacity`` in blocks. Reply: None. ``EEXIST``: the base is zoned already."""
 
     def bdev_zone_io(
@@ -295,7 +293,7 @@ class Engine:
         ops: Sequence[str] | None = None,
         granularity: int = 7,
         min_ns: int = 1000,
-        max_ns: int = 120_000_000_000,
+        max_ns: int = ...,
     ) -> int:
         """Begins anew, or ends. ``ops``: by SPDK's names of I/O types; None: all."""
 

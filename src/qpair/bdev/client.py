@@ -261,7 +261,9 @@ class OpenBdev:
         """Some at a time. When one fails the rest of its batch is waited for: nothing of a failed call happens later."""
         done: list[bytes] = []
         for begin in range(0, len(pieces), PIECES_AT_ONCE):
-            batch = await asyncio.gather(*(self._io(*piece, fua=fua) for piece in pieces[begin : begin + PIECES_AT_ONCE]), return_exceptions=True)
+            batch = await asyncio.gather(
+                *(self._io(*piece, fua=fua) for piece in pieces[begin : begin + PIECES_AT_ONCE]), return_exceptions=True
+            )
             for answer in batch:
                 if isinstance(answer, BaseException):
                     raise answer

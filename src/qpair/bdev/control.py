@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qpair.app.stack import Stack
     from qpair.bdev.python import Bdev
 
-__all__ = ["BdevSubsystem", "new_uuid", "blocks_of", "checked_name"]
+__all__ = ["BdevSubsystem", "blocks_of", "checked_name", "new_uuid"]
 
 BLOCK_SIZE_MAX = 1 << 20
 
