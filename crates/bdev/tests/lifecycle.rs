@@ -319,6 +319,19 @@ fn removal_drains_then_aborts_then_is_gone() {
 }
 
 #[test]
+fn a_reset_leaves_alone_what_waits_for_room() {
+    let mut bench = Bench::new(|info| info.queue_depth = 1);
+    for (tag, op, blocks) in [(1, Op::Read, 1), (2, Op::Read, 1), (3, Op::Reset, 0)] {
+        bench.submit(tag, op, tag - 1, blocks, &[512][..blocks as usize]);
+    }
+    bench.rest();
+    assert_eq!(bench.ended.len(), 0, "the second waits through the reset");
+    assert_eq!(bench.end_one(Status::ABORT_REQUESTED), (Op::Read, 0, 1));
+    assert_eq!((bench.status(1), bench.status(3)), (Some(Status::ABORT_REQUESTED), Some(Status::SUCCESS)));
+    assert_eq!((bench.end_one(Status::SUCCESS), bench.status(2)), ((Op::Read, 1, 1), Some(Status::SUCCESS)));
+}
+
+#[test]
 fn a_reset_aborts_or_drains() {
     for (flags, aborts) in [(IoFlags::empty(), 1), (IoFlags::DRAIN, 0)] {
         let mut bench = Bench::new(|_| {});

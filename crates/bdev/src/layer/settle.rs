@@ -232,9 +232,11 @@ impl Layer {
         let passed = |id: &IoId| {
             let io = self.ios.get(*id);
             let own = io.passed().iter().position(|frame| frame.channel == channel);
-            // A parent has its channel's frame newest, and ends with its children.
-            own.is_some_and(|at| at + 1 < usize::from(io.depth) || !io.flags.contains(IoFlags::SPLIT))
-                && matches!(io.state, State::Submitted | State::Waiting)
+            own.is_some_and(|at| match at + 1 < usize::from(io.depth) {
+                true => matches!(io.state, State::Submitted | State::Waiting),
+                // What waits here is not the module's; a parent ends with its children.
+                false => io.state == State::Submitted && !io.flags.contains(IoFlags::SPLIT),
+            })
         };
         self.ios.names().filter(passed).collect()
     }
