@@ -52,7 +52,8 @@ class Driver:
         """The value of a token's reply; its error is raised."""
         reply = self.reply(token, timeout)
         if reply.error is not None:
-            raise reply.error
+            # A copy: with a traceback on it the reply would hold the test's frame, which holds the reply, unseen by the garbage collector.
+            raise native.EngineError(*reply.error.args)
         return reply.value
 
     def malloc(self, name: str = "m0", num_blocks: int = 256, block_size: int = 512, **options: Any) -> str:
