@@ -333,7 +333,7 @@ async def test_the_api_takes_a_class(stack: Any, disks: Path) -> None:
     assert handle.size_bytes == 3 << 20
     assert (await described(stack))["timeout_ms"] == 500
     with pytest.raises(InvalidArgument, match=r"stack\.add takes the class"):
-        await stack.add(worker_disks.Ram("w1"), process=True)
+        await stack.add(qpair.Bdev("w1", "1MiB"), process=True)
     with pytest.raises(InvalidArgument, match=r"stack\.add takes an object"):
         await stack.add(worker_disks.Ram)
 
