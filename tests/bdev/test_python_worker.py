@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import qpair
 from conftest import ENGINE_KIND
 from qpair.errors import AlreadyExists, InvalidArgument, NoSuchBdev, QpairError
 
