@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from qpair.bdev.filter import Filter
     from qpair.bdev.model import BdevInfo
     from qpair.bdev.perf import PerfResult, PerfSnapshot
-    from qpair.bdev.zones import Action
 
 __all__ = [
     "BlockingDisk",
@@ -316,18 +315,9 @@ class BlockingOpenBdev(_Twin[OpenBdev]):
     unmap = _blocking(OpenBdev.unmap)
     write = _blocking(OpenBdev.write)
     write_zeroes = _blocking(OpenBdev.write_zeroes)
-
-    def read_with_metadata(self, offset: int, length: int) -> tuple[bytes, bytes]:
-        """As `OpenBdev.read_with_metadata`."""
-        return self._control.run(self._real.read_with_metadata(offset, length))
-
-    def write_with_metadata(self, offset: int, data: Buffer, metadata: Buffer) -> None:
-        """As `OpenBdev.write_with_metadata`."""
-        self._control.run(self._real.write_with_metadata(offset, data, metadata))
-
-    def zone_io(self, action: Action, offset: int, length: int, data: Any = None) -> Any:
-        """As `OpenBdev.zone_io`."""
-        return self._control.run(self._real.zone_io(action, offset, length, data))
+    read_with_metadata = _blocking(OpenBdev.read_with_metadata)
+    write_with_metadata = _blocking(OpenBdev.write_with_metadata)
+    zone_io = _blocking(OpenBdev.zone_io)
 
 
 class BlockingDisk(_Twin[BdevHandle]):
