@@ -22,6 +22,7 @@ mod core;
 mod desk;
 mod engine;
 mod events;
+mod held;
 mod io;
 mod measures;
 mod perf;

@@ -3,19 +3,19 @@
 //! How it works. As a Python bdev in this process ([`desk`](crate::desk)), but a request comes before the base has it or after: `fetch` groups them by the methods
 //! "before" and "after". What is shown can be changed at any time.
 
-use std::mem::ManuallyDrop;
 use std::sync::{Arc, Weak};
 
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use qpair_bdev::Op;
-use qpair_bdev::python::{FilterBdev, Interest, Ring};
+use qpair_bdev::python::{FilterBdev, Interest};
 
 use crate::bdev::{OPS, parse_uuid};
 use crate::core::lock;
 use crate::desk::{Desk, FETCH_MAX};
-use crate::engine::{Engine, not_forked};
+use crate::engine::Engine;
 use crate::events::News;
+use crate::held::Held;
 use crate::pyring::memory_of;
 use crate::values::{Failure, Number};
 
@@ -39,11 +39,9 @@ fn interest(before: &[String], after: &[String], ranges: Ranges) -> Result<Inter
 #[pyclass(frozen, module = "qpair._engine")]
 pub struct PythonFilterRing {
     id: u64,
-    pid: u32,
     /// Gone when the bdev is.
     filter: Weak<FilterBdev>,
-    ring: ManuallyDrop<Arc<Ring>>,
-    desk: ManuallyDrop<Arc<Desk>>,
+    held: Held<Arc<Desk>>,
 }
 
 #[pymethods]
@@ -56,25 +54,24 @@ impl PythonFilterRing {
     /// Buffers that Python still held when it was done with their request, ever.
     #[getter]
     fn buffers_kept(&self) -> u64 {
-        self.desk.kept()
+        self.held.parts().1.kept()
     }
 
     #[pyo3(signature = (max_requests=Number::of(64)), text_signature = "($self, max_requests=64)")]
     fn fetch<'py>(&self, py: Python<'py>, max_requests: Number) -> PyResult<Bound<'py, PyList>> {
-        not_forked(self.pid)?;
+        let desk = self.held.server()?;
         let max = max_requests.within("max_requests", 1..=FETCH_MAX)?;
-        self.desk.fetch(py, max as usize)
+        desk.fetch(py, max as usize)
     }
 
     #[pyo3(signature = (requests, errno=Number::of(0)), text_signature = "($self, requests, errno=0)")]
     fn finish(&self, requests: &Bound<'_, PyAny>, errno: Number) -> PyResult<()> {
-        not_forked(self.pid)?;
-        self.desk.finish_all(requests, errno)
+        self.held.server()?.finish_all(requests, errno)
     }
 
     #[pyo3(signature = (*, before, after, ranges=None), text_signature = "($self, *, before, after, ranges=None)")]
     fn show(&self, before: Vec<String>, after: Vec<String>, ranges: Ranges) -> PyResult<()> {
-        not_forked(self.pid)?;
+        self.held.server()?;
         let interest = interest(&before, &after, ranges)?;
         if let Some(filter) = self.filter.upgrade() {
             filter.show(interest);
@@ -83,24 +80,7 @@ impl PythonFilterRing {
     }
 
     fn close(&self) -> PyResult<()> {
-        not_forked(self.pid)?;
-        self.ring.close();
-        Ok(())
-    }
-}
-
-impl Drop for PythonFilterRing {
-    fn drop(&mut self) {
-        if not_forked(self.pid).is_err() {
-            return;
-        }
-        // Nobody is left who could look at anything.
-        self.ring.close();
-        // SAFETY: each is taken once, here; `self` is not used afterwards.
-        unsafe {
-            ManuallyDrop::drop(&mut self.ring);
-            ManuallyDrop::drop(&mut self.desk);
-        }
+        self.held.close()
     }
 }
 
@@ -135,6 +115,6 @@ impl Engine {
         let weak = Arc::downgrade(&filter);
         core.registry.register(filter).map_err(Failure::from)?;
         lock(&core.rings).push(Arc::downgrade(&ring));
-        Ok(PythonFilterRing { id, pid: std::process::id(), filter: weak, ring: ManuallyDrop::new(ring), desk: ManuallyDrop::new(desk) })
+        Ok(PythonFilterRing { id, filter: weak, held: Held::new(ring, desk) })
     }
 }

@@ -4,7 +4,6 @@
 //!
 //! Errors. An I/O that the engine gave up meanwhile (abort, removal) is completed in vain, which is no error.
 
-use std::mem::ManuallyDrop;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -15,8 +14,9 @@ use qpair_bdev::python::{PythonBdev, Ring, Work};
 use crate::bdev::parse_uuid;
 use crate::core::lock;
 use crate::desk::{Desk, FETCH_MAX, Source};
-use crate::engine::{Engine, not_forked};
+use crate::engine::Engine;
 use crate::events::News;
+use crate::held::Held;
 use crate::values::{Failure, Number};
 
 impl Source for Arc<Ring> {
@@ -39,9 +39,7 @@ pub fn memory_of(ring: &Ring) -> Result<BorrowedFd<'_>, Failure> {
 #[pyclass(frozen, module = "qpair._engine")]
 pub struct PythonBdevRing {
     id: u64,
-    pid: u32,
-    ring: ManuallyDrop<Arc<Ring>>,
-    desk: ManuallyDrop<Arc<Desk>>,
+    held: Held<Arc<Desk>>,
 }
 
 #[pymethods]
@@ -54,41 +52,23 @@ impl PythonBdevRing {
     /// Buffers that Python still held when their request was completed, ever.
     #[getter]
     fn buffers_kept(&self) -> u64 {
-        self.desk.kept()
+        self.held.parts().1.kept()
     }
 
     #[pyo3(signature = (max_requests=Number::of(64)), text_signature = "($self, max_requests=64)")]
     fn fetch<'py>(&self, py: Python<'py>, max_requests: Number) -> PyResult<Bound<'py, PyList>> {
-        not_forked(self.pid)?;
+        let desk = self.held.server()?;
         let max = max_requests.within("max_requests", 1..=FETCH_MAX)?;
-        self.desk.fetch(py, max as usize)
+        desk.fetch(py, max as usize)
     }
 
     #[pyo3(signature = (requests, errno=Number::of(0)), text_signature = "($self, requests, errno=0)")]
     fn finish(&self, requests: &Bound<'_, PyAny>, errno: Number) -> PyResult<()> {
-        not_forked(self.pid)?;
-        self.desk.finish_all(requests, errno)
+        self.held.server()?.finish_all(requests, errno)
     }
 
     fn close(&self) -> PyResult<()> {
-        not_forked(self.pid)?;
-        self.ring.close();
-        Ok(())
-    }
-}
-
-impl Drop for PythonBdevRing {
-    fn drop(&mut self) {
-        if not_forked(self.pid).is_err() {
-            return;
-        }
-        // Nobody is left who could fetch anything.
-        self.ring.close();
-        // SAFETY: each is taken once, here; `self` is not used afterwards.
-        unsafe {
-            ManuallyDrop::drop(&mut self.ring);
-            ManuallyDrop::drop(&mut self.desk);
-        }
+        self.held.close()
     }
 }
 
@@ -121,6 +101,6 @@ impl Engine {
         let desk = Desk::new(Box::new(ring.clone()), memory_of(&ring)?, depth, ring.stride(), block_size)?;
         core.registry.register(device).map_err(Failure::from)?;
         lock(&core.rings).push(Arc::downgrade(&ring));
-        Ok(PythonBdevRing { id, pid: std::process::id(), ring: ManuallyDrop::new(ring), desk: ManuallyDrop::new(desk) })
+        Ok(PythonBdevRing { id, held: Held::new(ring, desk) })
     }
 }

@@ -6,22 +6,22 @@
 //!
 //! Errors. `PythonWorker` refuses memory that is too small for what it is told; nothing else is checked there: a worker trusts its engine.
 
-use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use qpair_bdev::python::{DEPTH_MAX, Link, LinkConfig, PythonBdev, Ring, Service, Work, WorkerEnd, control_bytes};
+use qpair_bdev::python::{DEPTH_MAX, Link, LinkConfig, PythonBdev, Service, Work, WorkerEnd, control_bytes};
 use qpair_memory::Mapping;
 use qpair_reactor::event::Event;
 
 use crate::bdev::parse_uuid;
 use crate::core::lock;
 use crate::desk::{Desk, FETCH_MAX, Source};
-use crate::engine::{Engine, not_forked};
+use crate::engine::Engine;
 use crate::events::News;
+use crate::held::Held;
 use crate::pyring::memory_of;
 use crate::values::{Failure, Number};
 
@@ -50,9 +50,7 @@ fn bell() -> Result<(Event, OwnedFd), Failure> {
 #[pyclass(frozen, module = "qpair._engine")]
 pub struct PythonWorkerLink {
     id: u64,
-    pid: u32,
-    ring: ManuallyDrop<Arc<Ring>>,
-    link: ManuallyDrop<Link>,
+    held: Held<Link>,
     attached: AtomicU64,
 }
 
@@ -65,54 +63,35 @@ impl PythonWorkerLink {
 
     #[getter]
     fn stride(&self) -> u64 {
-        self.ring.stride()
+        self.held.parts().0.stride()
     }
 
     fn attach(&self) -> PyResult<(u64, i32, i32, i32, i32)> {
-        not_forked(self.pid)?;
-        let control = self.link.control().map_err(Failure::from)?;
+        let link = self.held.server()?;
+        let control = link.control().map_err(Failure::from)?;
         let no_fd = || Failure::new(libc::EBADF, "the worker's memory has no descriptor");
         let control_fd = given(control.fd().ok_or_else(no_fd)?)?;
-        let memory_fd = given(memory_of(&self.ring)?)?;
+        let memory_fd = given(memory_of(&self.held.parts().0)?)?;
         let ((work, work_fd), (done, done_fd)) = (bell()?, bell()?);
         let number = self.attached.fetch_add(1, Ordering::Relaxed) + 1;
-        self.link.attach(number, control, work, done);
+        link.attach(number, control, work, done);
         Ok((number, control_fd.into_raw_fd(), memory_fd.into_raw_fd(), work_fd.into_raw_fd(), done_fd.into_raw_fd()))
     }
 
     #[pyo3(text_signature = "($self, number, why)")]
     fn sever(&self, number: Number, why: &str) -> PyResult<()> {
-        not_forked(self.pid)?;
-        self.link.sever(number.u64("number")?, why);
+        self.held.server()?.sever(number.u64("number")?, why);
         Ok(())
     }
 
     #[pyo3(text_signature = "($self, while_down)")]
     fn while_down(&self, while_down: &str) -> PyResult<()> {
-        not_forked(self.pid)?;
-        self.link.while_down(service(while_down)?);
+        self.held.server()?.while_down(service(while_down)?);
         Ok(())
     }
 
     fn close(&self) -> PyResult<()> {
-        not_forked(self.pid)?;
-        self.ring.close();
-        Ok(())
-    }
-}
-
-impl Drop for PythonWorkerLink {
-    fn drop(&mut self) {
-        if not_forked(self.pid).is_err() {
-            return;
-        }
-        // Nobody is left who could attach a worker.
-        self.ring.close();
-        // SAFETY: each is taken once, here; `self` is not used afterwards.
-        unsafe {
-            ManuallyDrop::drop(&mut self.ring);
-            ManuallyDrop::drop(&mut self.link);
-        }
+        self.held.close()
     }
 }
 
@@ -151,13 +130,7 @@ impl Engine {
             news.push(News::PythonWorkerDown { link: id, number, reason: why.to_string() });
         });
         link.start(ring.clone(), config, on_down);
-        Ok(PythonWorkerLink {
-            id,
-            pid: std::process::id(),
-            ring: ManuallyDrop::new(ring),
-            link: ManuallyDrop::new(link),
-            attached: AtomicU64::new(0),
-        })
+        Ok(PythonWorkerLink { id, held: Held::new(ring, link), attached: AtomicU64::new(0) })
     }
 }
 
