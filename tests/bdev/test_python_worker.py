@@ -345,7 +345,7 @@ async def test_the_api_takes_a_class(stack: Any, disks: Path) -> None:
         await stack.add(Local, process=True, name="w1")
 
 
-async def test_a_stack_stops_with_a_worker_that_hangs(make_stack: Any, disks: Path) -> None:
+async def test_a_stack_stops_with_a_worker_that_hangs(make_stack: Any, disks: Path, caplog: pytest.LogCaptureFixture) -> None:
     stack = make_stack(stop_deadline_ms=2000)
     await stack.start()
     disk = await create(stack)
@@ -357,6 +357,7 @@ async def test_a_stack_stops_with_a_worker_that_hangs(make_stack: Any, disks: Pa
         await asyncio.wait_for(hanging, 1)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+    assert "abandoned" not in caplog.text, "there was time to end it"
 
 
 async def test_a_load_goes_through_deaths_and_each_io_ends(stack: Any, disks: Path) -> None:

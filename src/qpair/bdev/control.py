@@ -73,7 +73,7 @@ class Server(Protocol):
     def close(self) -> None:
         """The bdev is gone: end soon."""
 
-    async def finish(self) -> None:
+    async def finish(self, within_s: float = ...) -> None:
         """As `close`, and wait for the end."""
 
 
@@ -117,7 +117,7 @@ class BdevSubsystem(Subsystem):
         for module in self._modules.values():
             if (stop_module := getattr(module, "stop", None)) is not None:
                 await stop_module()
-        # Half the time to drain, half for those who serve to end.
+        # Half the time to drain, a quarter for those who serve to end by themselves; what is left is for ending them.
         await asyncio.gather(*(self.delete(name, deadline_ms=deadline_ms // 2) for name in tuple(self._servers)), return_exceptions=True)
         self._unsubscribe()
         self.events.close()
@@ -380,7 +380,10 @@ class BdevSubsystem(Subsystem):
     # -- changing ---------------------------------------------------------------------------------
 
     async def delete(self, name: str, *, module: str | None = None, deadline_ms: int = 10_000) -> None:
-        """Stop new I/O, drain or abort, remove. ``module``: refuse another kind with `NoSuchBdev`, as SPDK's bdev_KIND_delete."""
+        """Stop new I/O, drain or abort, remove. ``module``: refuse another kind with `NoSuchBdev`, as SPDK's bdev_KIND_delete.
+
+        Who serves a Python bdev has half of ``deadline_ms`` again to end, and at most what its kind allows.
+        """
         if self.examiner.forget(name) and not self.exists(name):
             return  # asked for, but its base never came
         info = self._of_kind(name, module)
@@ -390,7 +393,7 @@ class BdevSubsystem(Subsystem):
         self.records.pop(info.name, None)
         self._servers.pop(info.name, None)
         if server is not None:
-            await server.finish()
+            await server.finish(deadline_ms / 2000)
 
     async def resize(self, name: str, size: int | str, *, module: str | None = None) -> None:
         """Grow or shrink to ``size`` bytes, a multiple of the block size."""

@@ -313,20 +313,22 @@ class Worker:
             self._readers.add(ending)
             ending.add_done_callback(self._readers.discard)
 
-    async def finish(self) -> None:
-        """As `close`, and wait for the process to end."""
+    async def finish(self, within_s: float = STOP_SECONDS) -> None:
+        """As `close`, and wait for the process to be gone; end it by force if ``within_s`` is over."""
         self.close()
         if self._task is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         try:
             if self._readers:
-                await asyncio.wait(tuple(self._readers), timeout=2 * STOP_SECONDS)
+                await asyncio.wait(tuple(self._readers), timeout=min(within_s, 2 * STOP_SECONDS))
         finally:
             # Also when whoever waits for this has no time left.
             if self._process is not None and self._process.process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.process.pid, signal.SIGKILL)
+        if self._process is not None:
+            await self._process.ended
 
 
 class _Changed(InvalidArgument):

@@ -109,15 +109,16 @@ class PythonBdevRunner:
             task.cancel()
         self._ring.close()
 
-    async def finish(self) -> None:
-        """As `close`, and wait for the user's coroutines to end."""
+    async def finish(self, within_s: float = CLOSE_SECONDS) -> None:
+        """As `close`, and wait for the user's coroutines to end; each of the two steps ``within_s``."""
         self.close()
+        patience = min(within_s, CLOSE_SECONDS)
         if self._tasks:
-            await asyncio.wait(tuple(self._tasks), timeout=CLOSE_SECONDS)
+            await asyncio.wait(tuple(self._tasks), timeout=patience)
         close = getattr(self.target, "close", None)
         if close is not None:
             try:
                 if inspect.isawaitable(answer := close()):
-                    await asyncio.wait_for(answer, CLOSE_SECONDS)
+                    await asyncio.wait_for(answer, patience)
             except Exception as error:
                 logger.error("bdev %s: close raised %s: %s", self.name, type(error).__name__, error, exc_info=error)
