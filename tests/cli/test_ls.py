@@ -48,12 +48,27 @@ def drawn(forest: Forest, **options: Any) -> list[str]:
         ({"nvme": [{"trid": {"traddr": "a"}, "ns_data": {"id": 1}}], "mp_policy": "active_passive"}, []),
         ({"passthru": {"base_bdev_name": "gone"}}, []),
         ({"passthru": {"base_bdev_name": "top"}}, []),
-        ({"odd": {"base_bdev_name": "a"}, "qpair": {"bases": ["b"]}}, ["b"]),
         ({}, []),
     ],
 )
 def test_bases_are_read_from_what_each_module_says(specific: Any, bases: list[str]) -> None:
     assert Forest([bdev("a"), bdev("b"), bdev("top", specific)], []).bdevs["top"].bases == bases
+
+
+@pytest.mark.parametrize(
+    ("own", "bases", "claimed_by"),
+    [
+        ({"bases": ["b"], "claimed_by": None}, ["b"], {"b": "passthru", "top": None}),
+        ({"bases": [], "claimed_by": "somebody"}, [], {"b": None, "top": "somebody"}),
+        ({"bases": ["gone", "top"]}, [], {"b": None, "top": None}),
+    ],
+)
+def test_what_a_server_says_outright_counts_before_what_its_modules_say(own: Any, bases: list[str], claimed_by: dict[str, Any]) -> None:
+    answer = [bdev("a"), bdev("b", claimed=True), bdev("top", {"passthru": {"base_bdev_name": "a"}}, claimed=True) | {"qpair": own}]
+    found = Forest(answer, []).bdevs
+    assert found["top"].bases == bases
+    assert found["a"].users == []
+    assert {name: found[name].claimed_by for name in claimed_by} == claimed_by
 
 
 def stacked() -> Forest:

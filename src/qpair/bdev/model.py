@@ -145,7 +145,10 @@ def _io_types(supported: tuple[tuple[str, bool], ...]) -> dict[str, bool]:
 
 
 def describe(info: BdevInfo, module: BdevModule | None, hints: Mapping[str, int]) -> dict[str, Any]:
-    """One element of bdev_get_bdevs. ``hints``: what its maker said of preferred sizes, in blocks; 0 where nothing was said."""
+    """One element of bdev_get_bdevs. ``hints``: what its maker said of preferred sizes, in blocks; 0 where nothing was said.
+
+    Beside SPDK's members stands ``qpair``: ``bases``, the names of the bdevs right below, and ``claimed_by``, the module that has claimed it, or null.
+    """
     shown: dict[str, Any] = {
         "name": info.name,
         "aliases": list(info.aliases),
@@ -165,6 +168,7 @@ def describe(info: BdevInfo, module: BdevModule | None, hints: Mapping[str, int]
         shown.update({name: info.zoned[name] for name in ("zone_size", "max_open_zones", "optimal_open_zones")})
     shown["supported_io_types"] = dict(_io_types(tuple(info.supported.items())))
     shown["driver_specific"] = module.driver_specific(info) if module is not None else {}
+    shown["qpair"] = {"bases": list(info.bases), "claimed_by": info.claimed_by}
     return shown
 
 

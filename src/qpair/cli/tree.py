@@ -1,7 +1,7 @@
 """What stands on what: the answers of a server as a graph of bdevs and exports, and the order in which a tree shows it.
 
-How it works: which bdevs one stands on is read from its ``driver_specific`` object, where every module of SPDK names its base in one of a few ways (`BASE_KEYS`); the object ``qpair``
-in it, where there is one, says it outright. A name counts as a base only where it is a bdev's name or alias. Exports (vhost, NVMe-oF, iSCSI, NBD, ublk) are found in
+How it works: qpair says in the member ``qpair`` of each bdev which bdevs it stands on and who claimed it. SPDK does not: there the bases are read from ``driver_specific``, where every
+module names its base in one of a few ways (`BASE_KEYS`), and who claimed is guessed from who stands on it. A name counts as a base only where it is a bdev's name or alias. Exports (vhost, NVMe-oF, iSCSI, NBD, ublk) are found in
 the answers of the methods in `EXPORTS`. Rates are differences of two bdev_get_iostat.
 
 Errors: none; an answer that looks otherwise is read as far as it can be.
@@ -115,7 +115,7 @@ class Forest:
         self.bdevs = {str(raw["name"]): _bdev(raw) for raw in answer}
         for raw in answer:
             bdev = self.bdevs[str(raw["name"])]
-            bdev.bases = _bases(raw.get("driver_specific"), names, bdev.name)
+            bdev.bases = _bases(raw, names, bdev.name)
             for base in bdev.bases:
                 self.bdevs[base].users.append(bdev.name)
         modules = {str(raw["name"]): _module(raw.get("driver_specific")) for raw in answer}
@@ -205,8 +205,7 @@ def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Rate
 
 
 def _bdev(raw: Mapping[str, Any]) -> Bdev:
-    specific = raw.get("driver_specific")
-    own = specific.get("qpair") if isinstance(specific, Mapping) else None
+    own = raw.get("qpair")
     claimed_by = own.get("claimed_by") if isinstance(own, Mapping) else None
     return Bdev(
         name=str(raw["name"]),
@@ -216,14 +215,14 @@ def _bdev(raw: Mapping[str, Any]) -> Bdev:
         num_blocks=int(raw.get("num_blocks", 0)),
         claimed=bool(raw.get("claimed")),
         claimed_by=str(claimed_by) if claimed_by else None,
-        told=_told(specific),
+        told=_told(raw.get("driver_specific")),
     )
 
 
 def _module(specific: Any) -> str | None:
     if not isinstance(specific, Mapping):
         return None
-    return next((str(key) for key in specific if key != "qpair"), None)
+    return next((str(key) for key in specific), None)
 
 
 def _told(specific: Any) -> str:
@@ -240,12 +239,13 @@ def _told(specific: Any) -> str:
     return told
 
 
-def _bases(specific: Any, names: Mapping[str, str], own: str) -> list[str]:
-    """Names of the bdevs that a ``driver_specific`` object says its bdev stands on."""
-    if isinstance(specific, Mapping) and isinstance(outright := specific.get("qpair"), Mapping) and "bases" in outright:
+def _bases(raw: Mapping[str, Any], names: Mapping[str, str], own: str) -> list[str]:
+    """Names of the bdevs that a bdev stands on: said outright, or found in what its module says."""
+    outright = raw.get("qpair")
+    if isinstance(outright, Mapping) and "bases" in outright:
         found = _strings(outright["bases"])
     else:
-        found = [text for text in _named(specific) if text in names]
+        found = list(_named(raw.get("driver_specific")))
     return [name for name in dict.fromkeys(names[text] for text in found if text in names) if name != own]
 
 
