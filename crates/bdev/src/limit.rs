@@ -14,6 +14,7 @@
 //!
 //! Limits: a rate above [`UNITS_MAX`] units a second (2 TiB/s) is none; at that rate the count lasts 136 years.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::sync::atomic::{AtomicU64, Ordering};
@@ -51,6 +52,7 @@ pub struct Pace {
     per_second: u64,
     slice: u64,
     taken: AtomicU64,
+    waiting: AtomicU64,
 }
 
 impl Pace {
@@ -60,7 +62,7 @@ impl Pace {
             return None;
         }
         let slice = (u128::from(per_second) * u128::from(SLICE_NS) / SECOND) as u64;
-        Some(Self { per_second, slice, taken: AtomicU64::new(0) })
+        Some(Self { per_second, slice, taken: AtomicU64::new(0), waiting: AtomicU64::new(0) })
     }
 
     /// What a slice of time allows: 0 for slow rates.
@@ -129,6 +131,21 @@ impl Pace {
             taken = other;
         }
     }
+
+    /// One begins to wait.
+    pub fn joins(&self) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One waits no more.
+    pub fn leaves(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// How many wait.
+    pub fn waiting(&self) -> u64 {
+        self.waiting.load(Ordering::Relaxed)
+    }
 }
 
 /// The rates that SPDK knows, a second; 0: no limit.
@@ -149,13 +166,21 @@ pub const KINDS: usize = 4;
 /// Their names, in the order of [`Rates::units`].
 pub const NAMES: [&str; KINDS] = ["rw_ios_per_sec", "rw_mbytes_per_sec", "r_mbytes_per_sec", "w_mbytes_per_sec"];
 
-/// What I/Os cost: I/Os, units moved, units read, units written.
-pub type Cost = [u64; KINDS];
-
 impl Rates {
     /// As units a second.
-    fn units(&self) -> Cost {
+    fn units(&self) -> [u64; KINDS] {
         [self.rw_ios, self.rw_bytes / UNIT_BYTES, self.r_bytes / UNIT_BYTES, self.w_bytes / UNIT_BYTES]
+    }
+
+    /// Whether a kind counts I/Os, and not what they move.
+    #[inline]
+    pub fn counts_ios(kind: usize) -> bool {
+        kind == 0
+    }
+
+    /// Whether I/O that reads is to pay for a kind, and I/O that writes.
+    pub fn concerns(kind: usize) -> (bool, bool) {
+        [(true, true), (true, true), (true, false), (false, true)][kind]
     }
 
     /// Whether there is no limit at all.
@@ -174,36 +199,20 @@ impl Rates {
 pub struct Limiter {
     /// What was asked for.
     pub rates: Rates,
-    paces: [Option<Pace>; KINDS],
+    paces: [Option<Arc<Pace>>; KINDS],
     held_ns: AtomicU64,
-    waiting: AtomicU64,
 }
 
 impl Limiter {
     /// Of these rates. Each starts with what it allows in [`BURST_NS`].
     pub fn new(rates: Rates) -> Self {
-        Self { rates, paces: rates.units().map(Pace::new), held_ns: AtomicU64::new(0), waiting: AtomicU64::new(0) }
+        let pace = |units| Pace::new(units).map(Arc::new);
+        Self { rates, paces: rates.units().map(pace), held_ns: AtomicU64::new(0) }
     }
 
     /// The pace of a kind, unless that has no limit.
-    #[inline]
-    pub fn pace(&self, kind: usize) -> Option<&Pace> {
+    pub fn pace(&self, kind: usize) -> Option<&Arc<Pace>> {
         self.paces[kind].as_ref()
-    }
-
-    /// A channel begins to wait.
-    pub fn joins(&self) {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// A channel waits no more.
-    pub fn leaves(&self) {
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    /// How many channels wait.
-    pub fn waiting(&self) -> u64 {
-        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Something is held back now. True: it is the first in a long time, which is news.

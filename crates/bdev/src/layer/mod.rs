@@ -15,6 +15,7 @@
 mod batch;
 mod channels;
 mod check;
+mod dues;
 mod emulate;
 mod limits;
 mod ranges;
@@ -133,10 +134,18 @@ impl Slot {
             && self.when_quiet.is_empty()
             && self.jobs.is_empty()
             && !self.closing
+            && !self.is_stalled()
+    }
+
+    /// Whether something that its limit let go waits for the device to have room.
+    #[inline]
+    fn is_stalled(&self) -> bool {
+        self.limits.as_ref().is_some_and(|limits| limits.is_stalled())
     }
 
     fn may_be_freed(&self) -> bool {
-        let nothing_waits = self.waiting.is_empty() && self.gate.outside.is_empty() && self.when_quiet.is_empty();
+        let unlimited = self.limits.as_ref().is_none_or(|limits| limits.is_empty());
+        let nothing_waits = self.waiting.is_empty() && unlimited && self.gate.outside.is_empty() && self.when_quiet.is_empty();
         self.closing && self.is_quiet() && self.resets == 0 && nothing_waits
     }
 
@@ -328,7 +337,7 @@ impl Layer {
             let Some(slot) = &mut self.slots[channel.0 as usize] else { continue };
             let io = self.ios.get_mut(id);
             // A reset ends what waits; so it does not wait for that.
-            let behind = !slot.waiting.is_empty() && io.op != Op::Reset;
+            let behind = (!slot.waiting.is_empty() || slot.is_stalled()) && io.op != Op::Reset;
             if slot.state != ChannelState::Closed && (slot.state == ChannelState::Paused || behind) {
                 io.state = State::Waiting;
                 slot.waiting.push_back(id);
@@ -369,8 +378,15 @@ impl Layer {
             return true;
         }
         if slot.limits.is_some() && Self::holds_back(&mut self.throttled, slot, channel, id, io, self.now_ns) {
-            return false;
+            return true;
         }
+        self.start(reactor, channel, id, ready)
+    }
+
+    /// As [`route`](Self::route), for one that nothing keeps from starting but the device.
+    fn start(&mut self, reactor: &Reactor, channel: ChannelId, id: IoId, ready: &mut Vec<IoId>) -> bool {
+        let Some(slot) = &mut self.slots[channel.0 as usize] else { return true };
+        let io = self.ios.get_mut(id);
         match check::route(&slot.info, io) {
             Route::Plain if slot.room() == 0 => {
                 io.state = State::Waiting;
@@ -535,6 +551,7 @@ impl Layer {
             if let Some(slot) = &mut self.slots[channel.0 as usize] {
                 slot.waiting.retain(|other| *other != id);
                 slot.gate.outside.retain(|other| *other != id);
+                slot.limits.iter_mut().for_each(|limits| limits.forget(id));
             }
             return self.refuse(channel, id, Status::ABORT_REQUESTED);
         }

@@ -78,12 +78,11 @@ impl Layer {
     /// Moves waiting I/Os on, in their order, as long as the device has room.
     fn start_waiting(&mut self, reactor: &mut Reactor, channel: ChannelId) {
         let mut ready = self.borrow_list();
-        while let Some(slot) = &mut self.slots[channel.0 as usize] {
+        let mut room = self.start_throttled(reactor, channel, &mut ready);
+        while room && let Some(slot) = &mut self.slots[channel.0 as usize] {
             let Some(id) = slot.waiting.pop_front() else { break };
             self.ios.get_mut(id).state = State::Held;
-            if !self.route(reactor, channel, id, &mut ready) {
-                break;
-            }
+            room = self.route(reactor, channel, id, &mut ready);
         }
         if !ready.is_empty() {
             // What ends at once makes room, and calls attention again.
@@ -93,7 +92,10 @@ impl Layer {
     }
 
     fn fail_waiting(&mut self, channel: ChannelId) {
-        let next = |slot: &mut super::Slot| slot.waiting.pop_front().or_else(|| slot.gate.outside.pop());
+        let next = |slot: &mut super::Slot| {
+            let limited = slot.limits.as_mut().and_then(|limits| limits.take_any());
+            limited.or_else(|| slot.waiting.pop_front()).or_else(|| slot.gate.outside.pop())
+        };
         while let Some(id) = self.slots[channel.0 as usize].as_mut().and_then(next) {
             self.refuse(channel, id, Status::INVALID_NAMESPACE);
         }

@@ -1,0 +1,204 @@
+//! What a channel owes for its I/O: rates that it shares with others ([`crate::limit`]), and its credit of each.
+//!
+//! A channel pays out of *credit*: units that it took from a rate and has not used. Where there is plenty it takes a slice more than it needs, so that
+//! most batches touch nothing shared; what it did not use within a millisecond it gives back. Where there is not, an I/O that cannot be paid takes
+//! its place in line, for itself and for what waits behind it (a slice at most).
+//!
+//! Rates that one I/O has to be paid for at once are a [`Line`]: while it waits for one of them, its credit of the others is kept.
+
+use std::sync::Arc;
+
+use crate::limit::{BURST_NS, Limiter, Pace, Rates};
+
+/// What I/Os cost.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Cost {
+    pub(super) ios: u64,
+    pub(super) units: u64,
+}
+
+/// Which limit holds an I/O back, and until when.
+pub(super) struct Late {
+    pub(super) due_ns: u64,
+    pub(super) limiter: Arc<Limiter>,
+    pub(super) kind: usize,
+}
+
+/// One rate, and a channel's credit of it.
+pub(super) struct Due {
+    pub(super) limiter: Arc<Limiter>,
+    pub(super) kind: usize,
+    pace: Arc<Pace>,
+    units: u64,
+    from_ns: u64,
+    /// The time of the last place in line.
+    place_ns: u64,
+    /// What may be taken in this turn.
+    left: u64,
+}
+
+impl Drop for Due {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+impl Due {
+    /// None: there is no such limit.
+    pub(super) fn new(limiter: &Arc<Limiter>, kind: usize) -> Option<Self> {
+        let pace = limiter.pace(kind)?.clone();
+        Some(Self { limiter: limiter.clone(), kind, pace, units: 0, from_ns: 0, place_ns: 0, left: 0 })
+    }
+
+    #[inline]
+    fn need(&self, cost: Cost) -> u64 {
+        if Rates::counts_ios(self.kind) { cost.ios } else { cost.units }
+    }
+
+    fn give_back(&mut self) {
+        if self.units > 0 {
+            self.pace.give_back(std::mem::take(&mut self.units));
+        }
+    }
+
+    /// Gives back what was not used in time.
+    fn expire(&mut self, now_ns: u64) {
+        if now_ns > self.from_ns.saturating_add(BURST_NS) {
+            self.give_back();
+        }
+    }
+
+    #[inline]
+    fn covers(&self, need: u64, now_ns: u64) -> bool {
+        self.units >= need && self.from_ns <= now_ns && now_ns - self.from_ns <= BURST_NS
+    }
+
+    #[cold]
+    fn refill(&mut self, need: u64, now_ns: u64) -> bool {
+        self.expire(now_ns);
+        if self.units > 0 && self.from_ns > now_ns {
+            return false;
+        }
+        let grant = self.pace.take_now(need.saturating_sub(self.units), now_ns);
+        if let Some(grant) = grant {
+            (self.units, self.from_ns) = (self.units + grant.units, now_ns);
+        }
+        grant.is_some()
+    }
+
+    /// Takes a place in line for what is wanting, and for `behind` more such I/Os.
+    fn queue_up(&mut self, need: u64, behind: u64, waits: Option<u64>, now_ns: u64) {
+        let waited = waits.is_some_and(|since_ns| self.place_ns >= since_ns);
+        let behind = behind.min(self.pace.slice() / need) * need;
+        let grant = self.pace.take(need - self.units + behind, now_ns, if waited { self.place_ns } else { now_ns });
+        let later = waits.is_some() && self.left == 0;
+        self.units += grant.units;
+        self.left = self.left.saturating_sub(grant.units);
+        (self.from_ns, self.place_ns) = (grant.from_ns.max(now_ns + u64::from(later)), grant.place_ns);
+    }
+}
+
+/// See the module's doc.
+#[derive(Default)]
+pub(super) struct Line {
+    dues: Vec<Due>,
+    /// Since when something waits.
+    waits: Option<u64>,
+    /// When something was last taken while it waited.
+    turn_ns: u64,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.rest();
+    }
+}
+
+impl Line {
+    pub(super) fn new(dues: Vec<Due>) -> Self {
+        Self { dues, waits: None, turn_ns: 0 }
+    }
+
+    /// Whether nothing is owed at all.
+    pub(super) fn is_free(&self) -> bool {
+        self.dues.is_empty()
+    }
+
+    /// What there is, for a line made anew.
+    pub(super) fn take_dues(&mut self) -> Vec<Due> {
+        self.rest();
+        std::mem::take(&mut self.dues)
+    }
+
+    /// Whether that can be paid now, out of credit or abundance. Not to be asked while something waits.
+    #[inline]
+    pub(super) fn affords(&mut self, cost: Cost, now_ns: u64) -> bool {
+        self.dues.iter_mut().all(|due| {
+            let need = due.need(cost);
+            due.covers(need, now_ns) || due.refill(need, now_ns)
+        })
+    }
+
+    #[inline]
+    pub(super) fn charge(&mut self, cost: Cost) {
+        self.dues.iter_mut().for_each(|due| due.units -= due.need(cost));
+    }
+
+    /// None: it can be paid now. Else it has a place in line, for `queued` such I/Os.
+    pub(super) fn ask(&mut self, cost: Cost, queued: u64, now_ns: u64) -> Option<Late> {
+        self.begin_turn(now_ns);
+        let mut late: Option<Late> = None;
+        for due in &mut self.dues {
+            let need = due.need(cost);
+            if need == 0 {
+                continue;
+            }
+            if self.waits.is_none() {
+                due.expire(now_ns);
+            }
+            if due.units < need {
+                due.queue_up(need, queued - 1, self.waits, now_ns);
+            }
+            if due.from_ns > late.as_ref().map_or(now_ns, |late| late.due_ns) {
+                late = Some(Late { due_ns: due.from_ns, limiter: due.limiter.clone(), kind: due.kind });
+            }
+        }
+        late
+    }
+
+    /// A turn of one that waits: who is late takes his part of what was missed, and the rest in the next turn: others may be late, too.
+    fn begin_turn(&mut self, now_ns: u64) {
+        let Some(since_ns) = self.waits.filter(|_| self.turn_ns != now_ns) else { return };
+        for due in &mut self.dues {
+            let missed = due.pace.between(self.turn_ns.max(since_ns), now_ns);
+            due.left = due.pace.slice() + missed.div_ceil(due.pace.waiting().max(1));
+        }
+        self.turn_ns = now_ns;
+    }
+
+    #[inline]
+    pub(super) fn waits(&self) -> bool {
+        self.waits.is_some()
+    }
+
+    /// Something waits from now on, if it did not before.
+    pub(super) fn wait(&mut self, now_ns: u64) {
+        if self.waits.is_none() {
+            self.waits = Some(now_ns);
+            self.dues.iter().for_each(|due| due.pace.joins());
+        }
+    }
+
+    /// Nothing waits any more.
+    pub(super) fn rest(&mut self) {
+        if self.waits.take().is_some() {
+            self.dues.iter().for_each(|due| due.pace.leaves());
+        }
+    }
+
+    /// What waited is gone unpaid: its place is for others.
+    pub(super) fn give_up(&mut self) {
+        self.rest();
+        self.dues.iter_mut().for_each(Due::give_back);
+    }
+}
