@@ -205,9 +205,9 @@ impl Engine {
     #[pyo3(
         signature = (
             descriptor, op, offset_blocks=Number::of(0), num_blocks=Number::of(0), data=None, *,
-            source_blocks=Number::of(0), metadata=None, fua=false, drain=false
+            source_blocks=Number::of(0), metadata=None, fua=false, drain=false, view=false
         ),
-        text_signature = "($self, descriptor, op, offset_blocks=0, num_blocks=0, data=None, *, source_blocks=0, metadata=None, fua=False, drain=False)"
+        text_signature = "($self, descriptor, op, offset_blocks=0, num_blocks=0, data=None, *, source_blocks=0, metadata=None, fua=False, drain=False, view=False)"
     )]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of the Python contract")]
     fn bdev_io(
@@ -221,6 +221,7 @@ impl Engine {
         metadata: Option<&Bound<'_, PyAny>>,
         fua: bool,
         drain: bool,
+        view: bool,
     ) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
         let number = descriptor.u64("descriptor")?;
@@ -239,7 +240,7 @@ impl Engine {
         if op == Op::Copy {
             check_range(&info, source_lba, blocks)?;
         }
-        let bounce = Bounce::new(&info, op, blocks, data, metadata)?;
+        let bounce = Bounce::new(&core.pool, &info, op, blocks, data, metadata)?.map(|bounce| Bounce { view, ..bounce });
         let mut flags = IoFlags::empty();
         flags.set(IoFlags::FUA, fua);
         flags.set(IoFlags::DRAIN, drain);

@@ -20,6 +20,7 @@ use qpair_reactor::{Config, Handle, ReactorId, ReactorStats};
 use crate::events::Outbox;
 use crate::io;
 use crate::perf::Runs;
+use crate::pool::Pool;
 use crate::values::{Failure, Number};
 use crate::vhost::Room;
 
@@ -58,6 +59,8 @@ pub struct Core {
     pub raids: Arc<Raids>,
     pub places: Vec<Place>,
     pub descriptors: Mutex<HashMap<u64, Arc<Descriptor>>>,
+    /// Memory of single I/Os.
+    pub pool: Arc<Pool>,
     /// Rings of Python bdevs, to be closed when nobody can be waited for any more.
     pub rings: Mutex<Vec<Weak<Ring>>>,
     pub runs: Arc<Runs>,
@@ -100,6 +103,7 @@ impl Core {
             registry,
             places,
             descriptors: Mutex::default(),
+            pool: Pool::new(),
             last_stats: Mutex::default(),
             threads: Mutex::new(threads),
             life: Mutex::new(Life::Running),
@@ -184,6 +188,7 @@ impl Core {
             late.push("a load run had I/O under way".to_owned());
         }
         self.stop_reactors(until, &mut late);
+        self.pool.sleep();
         late
     }
 

@@ -1,13 +1,13 @@
 //! Single I/Os for Python: the front end behind `bdev_io`, on the engine's first reactor.
 //!
-//! How it works. A request carries a bounce mapping of its own, filled before it leaves the Python thread (write) or
+//! How it works. A request carries bounce memory of its own ([`crate::pool`]), filled before it leaves the Python thread (write) or
 //! read after it came back (read); the layer splits what the device cannot take at once. Each descriptor opens its
 //! channel with its first request. A request without a free I/O waits here for one.
 //!
 //! Each request is answered once: by its completion, by the refusal of its channel, or, if the reactor goes first, by
 //! the drop of its token. Removing the bdev completes what it has.
 //!
-//! Limits: [`IO_BYTES_MAX`] a request, because the bounce mapping is as large; requests at once: the reactor's I/Os.
+//! Limits: [`IO_BYTES_MAX`] a request, because its bounce memory is as large; requests at once: the reactor's I/Os.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use qpair_bdev::{ChannelId, Descriptor, IoFlags, IoId, Layer, Op, QueueId, Status};
-use qpair_memory::{Region, Sge};
+use qpair_memory::Sge;
 use qpair_reactor::{LocalWaker, Poller, Reactor};
 
 use crate::bounce::Bounce;
@@ -99,6 +99,9 @@ fn front_end(reactor: &mut Reactor) -> Rc<RefCell<FrontEnd>> {
 pub fn start(reactor: &mut Reactor, request: Request) {
     let (this, layer) = (front_end(reactor), Layer::of(reactor));
     let (mut this, mut layer) = (this.borrow_mut(), layer.borrow_mut());
+    if let Some(pool) = request.bounce.as_ref().and_then(|bounce| bounce.memory.pool()) {
+        pool.wake(reactor);
+    }
     this.waiting.push_back(request);
     this.start_waiting(&mut layer, reactor);
 }
@@ -156,8 +159,8 @@ impl FrontEnd {
             io.command[0] = request.action;
         }
         io.flags |= request.flags;
-        if let Some(Bounce { memory, data, metadata }) = &request.bounce {
-            let region = Region::new(memory.clone());
+        if let Some(Bounce { memory, data, metadata, .. }) = &request.bounce {
+            let region = memory.region();
             if let Some(length) = *metadata {
                 io.metadata.push(Sge { region: region.clone(), offset: u64::from(*data), length });
             }
@@ -177,8 +180,8 @@ impl FrontEnd {
         let value = match bounce {
             _ if op == Op::ZoneAppend => Value::Integer(result),
             // A report is the only zone management with data.
-            Some(Bounce { memory, data, metadata }) if op == Op::Read || op == Op::ZoneManagement => {
-                Value::Read(ReadData { memory, data: data as usize, metadata: metadata.map(|length| length as usize) })
+            Some(Bounce { memory, data, metadata, view }) if op == Op::Read || op == Op::ZoneManagement => {
+                Value::Read(ReadData { memory, data: data as usize, metadata: metadata.map(|length| length as usize), view })
             }
             _ => Value::Nothing,
         };

@@ -26,6 +26,7 @@ mod held;
 mod io;
 mod measures;
 mod perf;
+mod pool;
 mod pyfilter;
 mod pyring;
 mod pyworker;

@@ -15,10 +15,11 @@ use pyo3::types::{PyBytes, PyInt};
 use qpair_bdev::histogram::Histogram;
 use qpair_bdev::measures::Report;
 use qpair_bdev::{BdevError, Status};
-use qpair_memory::{Mapping, MemoryError, Region};
+use qpair_memory::MemoryError;
 use qpair_perf::Report as PerfReport;
 
 use crate::measures;
+use crate::pool::{Pooled, ReadView};
 
 pyo3::create_exception!(
     qpair._engine,
@@ -119,24 +120,31 @@ impl Number {
     }
 }
 
-/// Bytes of a finished read, still where the device put them: copied on the thread that asks, not on a reactor.
+/// Bytes of a finished read, still where the device put them: copied on the thread that asks, not on a reactor, or looked at in place.
 pub struct ReadData {
-    pub memory: Arc<Mapping>,
+    pub memory: Pooled,
     pub data: usize,
     /// How many bytes behind the data are metadata; given apart if they were asked for.
     pub metadata: Option<usize>,
+    pub view: bool,
 }
 
 impl ReadData {
-    fn to_python(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let region = Region::new(self.memory.clone());
-        let piece = |from: usize, length: usize| {
-            PyBytes::new_with(py, length, |into| region.read(from as u64, into).map_err(|error| Failure::from(error).into()))
+    fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let Self { memory, data, metadata, view } = self;
+        let region = memory.region();
+        let memory = Arc::new(memory);
+        let piece = |from: usize, length: usize| -> PyResult<Bound<'_, PyAny>> {
+            if view {
+                return Ok(ReadView::memoryview(py, memory.clone(), from, length)?.into_any());
+            }
+            let copied = PyBytes::new_with(py, length, |into| region.read(from as u64, into).map_err(|error| Failure::from(error).into()))?;
+            Ok(copied.into_any())
         };
-        let data = piece(0, self.data)?;
-        match self.metadata {
-            None => Ok(data.into_any().unbind()),
-            Some(length) => Ok((data, piece(self.data, length)?).into_pyobject(py)?.into_any().unbind()),
+        let first = piece(0, data)?;
+        match metadata {
+            None => Ok(first.unbind()),
+            Some(length) => Ok((first, piece(data, length)?).into_pyobject(py)?.into_any().unbind()),
         }
     }
 }
@@ -158,7 +166,7 @@ impl Value {
         Ok(match self {
             Self::Nothing => py.None(),
             Self::Integer(number) => number.into_pyobject(py)?.into_any().unbind(),
-            Self::Read(data) => data.to_python(py)?,
+            Self::Read(data) => data.into_python(py)?,
             Self::Perf(report) => crate::perf::report_dict(py, &report)?.into_any().unbind(),
             Self::Inflight(fd, size) => (fd.into_raw_fd(), size, 0).into_pyobject(py)?.into_any().unbind(),
             Self::Histogram(histogram) => measures::histogram_dict(py, &histogram)?.into_any().unbind(),

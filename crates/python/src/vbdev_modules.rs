@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use qpair_bdev::{BdevError, Device, DeviceId, IoFlags, Op, Registry, Status, ZONE_DESCRIPTOR_BYTES, ZoneAction, lifecycle};
-use qpair_memory::{Mapping, Pages};
 use qpair_vbdev::delay::{Delay, Latencies, Latency};
 use qpair_vbdev::error::{ErrorBdev, Errors, TARGETS, What};
 use qpair_vbdev::part::{Part, Range};
@@ -179,7 +178,7 @@ impl Engine {
             return Err(Failure::new(libc::EBADF, format!("descriptor {number} of bdev {} is open for reading only", info.name)).into());
         }
         let (op, bounce) = match managed {
-            None if action == "append" => (Op::ZoneAppend, Bounce::new(&info, Op::ZoneAppend, blocks, data, None)?),
+            None if action == "append" => (Op::ZoneAppend, Bounce::new(&core.pool, &info, Op::ZoneAppend, blocks, data, None)?),
             None => return Err(Failure::invalid("action", action, "append, report, open, close, finish or reset").into()),
             Some(ZoneAction::Report) => {
                 let count = blocks / zoned.zone_blocks;
@@ -189,8 +188,8 @@ impl Engine {
                     );
                 }
                 let bytes = count * ZONE_DESCRIPTOR_BYTES;
-                let memory = Mapping::anonymous(bytes as usize, Pages::Normal).map_err(Failure::from)?;
-                (Op::ZoneManagement, Some(Bounce { memory, data: bytes as u32, metadata: None }))
+                let memory = core.pool.zeroed(bytes as usize).map_err(Failure::from)?;
+                (Op::ZoneManagement, Some(Bounce { memory, data: bytes as u32, metadata: None, view: false }))
             }
             Some(_) => (Op::ZoneManagement, None),
         };

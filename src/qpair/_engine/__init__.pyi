@@ -326,11 +326,13 @@ class Engine:
         metadata: Any = None,
         fua: bool = False,
         drain: bool = False,
+        view: bool = False,
     ) -> int:
         """One I/O by way of a bounce buffer, up to 256 MiB; the layer splits what the device cannot take. ``data`` (write, compare; for compare_and_write
         what is expected and then, as long, what is to be written): anything with the buffer protocol, copied before this returns. ``source_blocks``: where a
         copy reads. ``metadata``: for a write those that go with the data; for a read anything but None asks for them. ``fua``: durable when done. ``drain``: a
-        reset that lets what is in flight end by itself. Reply value: bytes for read (with metadata: both), else None; ``EILSEQ`` when a comparison fails."""
+        reset that lets what is in flight end by itself. Reply value: bytes for read (with metadata: both), else None; ``EILSEQ`` when a comparison fails. ``view``: a
+        read answers a read-only memoryview of the memory that the device put it in, which is set aside as long as any view of it lives, and used again after that."""
 
     # ---- RAID (crates/raid) --------------------------------------------------------------------------
     def bdev_raid_create(

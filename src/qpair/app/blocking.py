@@ -315,6 +315,7 @@ class BlockingOpenBdev(_Twin[OpenBdev]):
     unmap = _blocking(OpenBdev.unmap)
     write = _blocking(OpenBdev.write)
     write_zeroes = _blocking(OpenBdev.write_zeroes)
+    read_view = _blocking(OpenBdev.read_view)
     read_with_metadata = _blocking(OpenBdev.read_with_metadata)
     write_with_metadata = _blocking(OpenBdev.write_with_metadata)
     zone_io = _blocking(OpenBdev.zone_io)

@@ -130,6 +130,13 @@ class OpenBdev:
         pieces = await self._all([("read", at, count, None) for at, count in self._pieces(first, blocks)])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    async def read_view(self, offset: int, length: int) -> memoryview:
+        """As `read`, up to 1 MiB, in place: a read-only view of the engine's own memory. As long as it, or anything made of it (a slice, an array), lives, that
+        memory is used for nothing else; let it go soon, or pay for it."""
+        view: Any = await self._io("read", *self._piece(offset, length), view=True)
+        assert isinstance(view, memoryview)
+        return view
+
     async def read_with_metadata(self, offset: int, length: int) -> tuple[bytes, bytes]:
         """``length`` bytes from ``offset``, and the metadata of those blocks; up to 1 MiB."""
         both: Any = await self._io("read", *self._piece(offset, length), metadata=True)

@@ -144,13 +144,13 @@ class Copy:
                     await self._write(index, data)
                 self._count(index, len(data))
 
-    async def _read(self, index: int, length: int) -> bytes:
+    async def _read(self, index: int, length: int) -> bytes | memoryview:
         at = self.plan.skip + index * self.plan.unit
         if self._sparse and self.source.hole(at, length):
             return bytes(length)
         return await self.source.read(at, length)
 
-    async def _in_turn(self, index: int, data: bytes) -> None:
+    async def _in_turn(self, index: int, data: bytes | memoryview) -> None:
         async with self._turn:
             await self._turn.wait_for(lambda: self._next_write == index)
         await self._write(index, data)
@@ -158,12 +158,12 @@ class Copy:
             self._next_write += 1
             self._turn.notify_all()
 
-    async def _write(self, index: int, data: bytes) -> None:
+    async def _write(self, index: int, data: bytes | memoryview) -> None:
         at = self.plan.seek + index * self.plan.unit
         length = len(data)
         if rest := length % self.sink.unit:
             self.padded_bytes = self.sink.unit - rest
-            data += bytes(self.padded_bytes)
+            data = b"".join((data, bytes(self.padded_bytes)))
         if not self.sink.grows and self.sink.length is not None and at + len(data) > self.sink.length:
             raise NoSpace(
                 f"{self.sink.name} is full after {self.sink.length} bytes, and {self.source.name} has more; copy what fits: --count {index}"
@@ -177,7 +177,7 @@ class Copy:
             else:
                 await self.sink.write(at + begin, data if end - begin == len(data) else memoryview(data)[begin:end])
 
-    def _segments(self, data: bytes) -> Iterator[tuple[int, int, bool]]:
+    def _segments(self, data: bytes | memoryview) -> Iterator[tuple[int, int, bool]]:
         """(begin, end, all zeros) of ``data``, as long as they can be."""
         if not self._sparse:
             yield 0, len(data), False
@@ -186,7 +186,7 @@ class Copy:
         zeros = bytes(step)
         begin, state = 0, None
         for at in range(0, len(data), step):
-            piece = data[at : at + step]
+            piece = bytes(data[at : at + step])
             now = piece == zeros[: len(piece)]
             if state is not None and now != state:
                 yield begin, at, state
@@ -210,7 +210,7 @@ class Copy:
                 raise InvalidArgument(f"--skip: {self.source.name} ended {length} bytes before that")
             length -= len(data)
 
-    async def _digest(self, data: bytes) -> bytes:
+    async def _digest(self, data: bytes | memoryview) -> bytes:
         def digest() -> bytes:
             return hashlib.blake2b(data, digest_size=16).digest()
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from qpair.bdev.client import OpenBdev
+from qpair.bdev.client import PIECE_BYTES, OpenBdev
 from qpair.errors import InvalidArgument, QpairError, from_errno
 
 __all__ = ["BdevEnd", "End", "FileEnd", "open_file"]
@@ -35,7 +35,7 @@ class End:
     grows = False
     """Whether a write past ``length`` makes it longer."""
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int) -> bytes | memoryview:
         """Up to ``length`` bytes; fewer at the end alone."""
         raise self._cannot("be read")
 
@@ -74,8 +74,8 @@ class BdevEnd(End):
         self._disk = disk
         self._unmaps = unmaps
 
-    async def read(self, offset: int, length: int) -> bytes:
-        return await self._disk.read(offset, length)
+    async def read(self, offset: int, length: int) -> bytes | memoryview:
+        return await (self._disk.read_view if length <= PIECE_BYTES else self._disk.read)(offset, length)
 
     async def write(self, offset: int, data: bytes | memoryview) -> None:
         await self._disk.write(offset, data)
