@@ -5,9 +5,12 @@ value can be encoded again, the encoding must decode to the same value.
 """
 
 import asyncio
-import os
+import atexit
+import hashlib
+import json
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -17,7 +20,6 @@ from uuid import UUID
 from zlib import crc32
 
 import atheris
-import hypothesis
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
@@ -31,6 +33,7 @@ with atheris.instrument_imports(include=["qpair", "json"]):
     from qpair.vhost import framing, messages
 
 DESCRIPTORS_MAX = 10
+ARTIFACTS = Path("fuzz/artifacts").resolve()
 
 
 def frames(data: bytes) -> Iterator[framing.Frame]:
@@ -108,16 +111,59 @@ def partition_table(data: bytes) -> None:
     assert all(before[1] < after[0] for before, after in pairwise(used)), used
 
 
-@hypothesis.settings(database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(made=rpc_requests.requests)
-def _generated(made: list[dict[str, Any]]) -> None:
-    asyncio.run(rpc_requests.check(made))
+class Asked:
+    """What ``rpc_methods`` asks: one stack for many inputs. A new one after so many requests shows what the one before has left."""
+
+    REQUESTS_A_STACK = 20_000
+    CONNECTIONS = 4
+
+    def __init__(self) -> None:
+        self.requests = self.inputs = 0
+        self.began = time.monotonic()
+        self._loop = asyncio.new_event_loop()
+        self._session: rpc_requests.Session | None = None
+
+    def input(self, data: bytes) -> None:
+        """All requests that these bytes choose. What breaks a promise leaves its journal, of which `rpc_requests.replay` makes a test."""
+        self.inputs += 1
+        session = self._session
+        try:
+            self._loop.run_until_complete(self._ask(rpc_requests.Given(data)))
+        except BaseException:
+            session = self._session or session
+            if session is not None:
+                path = ARTIFACTS / f"rpc_methods-{hashlib.sha1(data).hexdigest()}.json"
+                path.write_text(json.dumps(session.journal))
+                print(f"{self.told()}; journal: {path}", file=sys.stderr)
+            raise
+        if self.inputs % 1000 == 0:
+            print(self.told(), file=sys.stderr)
+
+    async def _ask(self, choice: rpc_requests.Given) -> None:
+        if self._session is None:
+            self._session = rpc_requests.Session()
+            await self._session.start()
+            for _ in range(4):
+                await self._session.ask([rpc_requests.request(choice)])
+            await self._session.run()
+        before = self._session.asked
+        while not choice.empty and self._session.asked - before < 256:
+            await rpc_requests.turn(self._session, choice, self.CONNECTIONS)
+        self.requests += self._session.asked - before
+        if self._session.asked >= self.REQUESTS_A_STACK:
+            await self._session.stop()
+            self._session = None
+
+    def told(self) -> str:
+        return f"rpc_methods: {self.requests} requests of {self.inputs} inputs in {time.monotonic() - self.began:.0f} s"
 
 
 def rpc_methods(data: bytes) -> None:
-    """Whole requests to every method, on a stack of their own: the bytes choose among what the declared types allow, and what they do not."""
-    _generated.hypothesis.fuzz_one_input(data)
+    """Whole requests to every method, of stacks in this process: the bytes choose among what the declared types allow, and what they do not."""
+    ASKED.input(data)
 
+
+ASKED = Asked()
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration, partition_table, rpc_methods)
@@ -130,8 +176,11 @@ if __name__ == "__main__":
     name = sys.argv.pop(1)
     if name not in TARGETS:
         sys.exit(f"no target {name!r}; there are {', '.join(TARGETS)}")
-    corpus = f"fuzz/corpus/python-{name}"
-    os.makedirs(corpus, exist_ok=True)
-    os.makedirs("fuzz/artifacts", exist_ok=True)
-    atheris.Setup([*sys.argv, f"-artifact_prefix=fuzz/artifacts/{name}-", corpus], TARGETS[name])
+    # absolute, for a target may work in a directory of its own
+    corpus = Path(f"fuzz/corpus/python-{name}").resolve()
+    corpus.mkdir(parents=True, exist_ok=True)
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    if name == "rpc_methods":
+        atexit.register(lambda: print(ASKED.told(), file=sys.stderr))
+    atheris.Setup([*sys.argv, f"-artifact_prefix={ARTIFACTS / name}-", str(corpus)], TARGETS[name])
     atheris.Fuzz()
