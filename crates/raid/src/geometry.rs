@@ -32,21 +32,12 @@ impl Layout {
     }
 
     /// Member and block there.
-    #[inline]
-    pub(crate) fn place(&self, lba: u64) -> (usize, u64) {
+    #[cfg(test)]
+    fn place(&self, lba: u64) -> (usize, u64) {
         match self {
-            Self::Strips { shift, members, power } => {
-                let (strip, rest) = (lba >> shift, lba & ((1 << shift) - 1));
-                let (row, member) = match power {
-                    Some(power) => (strip >> power, strip & (members - 1)),
-                    None => (strip / members, strip % members),
-                };
-                (member as usize, row << shift | rest)
-            }
-            Self::Concat(starts) => {
-                let member = starts.partition_point(|start| *start <= lba).saturating_sub(1).min(starts.len().saturating_sub(2));
-                (member, lba - starts[member])
-            }
+            Self::Strips { shift, members, power: Some(power) } => in_turn(lba, *shift, |strip| (strip >> power, strip & (members - 1))),
+            Self::Strips { shift, members, power: None } => in_turn(lba, *shift, |strip| (strip / members, strip % members)),
+            Self::Concat(starts) => after_another(lba, starts),
         }
     }
 
@@ -74,6 +65,20 @@ impl Layout {
         };
         (from < to).then_some((from, to - from))
     }
+}
+
+/// Member and block there, with strips on the members in turn; `turn` tells the row and the member of a strip.
+#[inline(always)]
+pub(crate) fn in_turn(lba: u64, shift: u32, turn: impl Fn(u64) -> (u64, u64)) -> (usize, u64) {
+    let (row, member) = turn(lba >> shift);
+    (member as usize, row << shift | lba & ((1 << shift) - 1))
+}
+
+/// Member and block there, with one member after the other.
+#[inline(always)]
+pub(crate) fn after_another(lba: u64, starts: &[u64]) -> (usize, u64) {
+    let member = starts.partition_point(|start| *start <= lba).saturating_sub(1).min(starts.len().saturating_sub(2));
+    (member, lba - starts[member])
 }
 
 #[cfg(test)]

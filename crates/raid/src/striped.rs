@@ -1,8 +1,9 @@
 //! One reactor's channel to an array without redundancy: strips in turn (raid0), or member after member (concat).
 //!
-//! How it works. The layer splits reads and writes at the strip, so that each lies on one member: it is moved there and passed down as it is, with the others
-//! of its batch that go there. What has no data (flush, unmap, write-zeroes) may concern several members: each gets its part of the range, by I/Os
-//! reserved when the channel was opened, and the first error is the whole's.
+//! How it works. The layer splits reads and writes at the strip, so that each lies on one member: it is moved there and passed down as it is. A batch is sorted by
+//! member in one pass, with the array's shape in registers, and goes down in one call a member; what came back goes up in one run. What has no data (flush,
+//! unmap, write-zeroes) may concern several members: each gets its part of the range, by I/Os reserved when the channel was opened, and the first error is the
+//! whole's.
 //!
 //! Limits: [`FANNED_MAX`] I/Os fanned out at once on a channel, the rest wait here.
 
@@ -12,12 +13,23 @@ use qpair_bdev::{BdevError, Channel, ChannelId, IoId, Layer, Op, QueueId, Status
 use qpair_reactor::Reactor;
 
 use crate::array::Array;
-use crate::geometry::Layout;
+use crate::geometry::{Layout, after_another, in_turn};
 
 /// The tag of an I/O that was passed down as it is.
 const WHOLE: u64 = 1 << 63;
 /// See the module's doc.
 const FANNED_MAX: usize = 8;
+/// Room for what is sorted or waits, so that larger batches alone allocate, once.
+const BATCH: usize = 256;
+
+/// A member, as this channel sees it.
+struct Leg {
+    below: ChannelId,
+    /// Where data begin.
+    offset: u64,
+    /// What is about to go there.
+    ready: Vec<IoId>,
+}
 
 /// An I/O that several members have a part of.
 struct Fanned {
@@ -31,9 +43,7 @@ pub(crate) struct Striped {
     id: ChannelId,
     queue: QueueId,
     layout: Layout,
-    offsets: Vec<u64>,
-    below: Vec<ChannelId>,
-    ready: Vec<Vec<IoId>>,
+    legs: Vec<Leg>,
     fanned: Vec<Fanned>,
     /// How many of those are under way.
     busy: usize,
@@ -43,10 +53,11 @@ pub(crate) struct Striped {
 impl Striped {
     pub(crate) fn open(array: &Array, layer: &mut Layer, reactor: &mut Reactor, id: ChannelId) -> Result<Self, BdevError> {
         let view = array.view();
-        let mut below = Vec::with_capacity(array.slots);
-        for member in &view.members {
+        let mut legs = Vec::with_capacity(array.slots);
+        for (member, offset) in view.members.iter().zip(&view.offsets) {
             let member = member.as_ref().ok_or_else(|| BdevError::Removing(array.name.clone()))?;
-            below.push(layer.open_base(reactor, id, member)?);
+            let below = layer.open_base(reactor, id, member)?;
+            legs.push(Leg { below, offset: *offset, ready: Vec::with_capacity(BATCH) });
         }
         layer.reserve(id, FANNED_MAX * array.slots);
         let vacant = || Fanned { parent: None, children: Vec::with_capacity(array.slots), status: Status::SUCCESS };
@@ -54,12 +65,10 @@ impl Striped {
             id,
             queue: layer.add_inner_queue(id),
             layout: array.layout(),
-            offsets: view.offsets.clone(),
-            ready: below.iter().map(|_| Vec::with_capacity(256)).collect(),
-            below,
+            legs,
             fanned: (0..FANNED_MAX).map(|_| vacant()).collect(),
             busy: 0,
-            waiting: VecDeque::new(),
+            waiting: VecDeque::with_capacity(BATCH),
         })
     }
 
@@ -71,17 +80,17 @@ impl Striped {
         let fanned = &mut self.fanned[index];
         (fanned.parent, fanned.status) = (Some(parent), Status::SUCCESS);
         self.busy += 1;
-        for member in 0..self.below.len() {
+        for (member, leg) in self.legs.iter_mut().enumerate() {
             let part = if op == Op::Flush { Some((0, 0)) } else { self.layout.part(member, lba, blocks) };
             let Some((first, count)) = part else { continue };
             // As many were reserved as all can need.
             let Some(child) = layer.take_reserved(self.id) else { continue };
             layer.copy_request(parent, child);
             let io = layer.io_mut(child);
-            (io.lba, io.blocks) = if op == Op::Flush { (0, 0) } else { (first + self.offsets[member], count) };
+            (io.lba, io.blocks) = if op == Op::Flush { (0, 0) } else { (first + leg.offset, count) };
             io.push(self.queue, index as u64);
             self.fanned[index].children.push(child);
-            self.ready[member].push(child);
+            leg.ready.push(child);
         }
         true
     }
@@ -103,58 +112,88 @@ impl Striped {
         }
     }
 
+    /// Has the members begin with their parts of what waits, as far as there is room.
     #[cold]
-    fn spread(&mut self, layer: &mut Layer, id: IoId) {
-        if !self.waiting.is_empty() || !self.fan_out(layer, id) {
-            self.waiting.push_back(id);
-        }
-    }
-
-    #[inline]
-    fn send(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
-        for (member, batch) in self.ready.iter_mut().enumerate() {
-            if !batch.is_empty() {
-                layer.submit(reactor, self.below[member], batch);
-                batch.clear();
-            }
-        }
-    }
-
-    #[cold]
-    fn merge(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
-        for id in batch {
-            if layer.io(*id).frame().tag == WHOLE {
-                layer.pass_up(self.id, 0, &[*id]);
-            } else {
-                self.part_done(layer, *id);
-            }
-        }
+    fn start_waiting(&mut self, layer: &mut Layer) {
         while let Some(id) = self.waiting.front().copied() {
             if !self.fan_out(layer, id) {
                 break;
             }
             self.waiting.pop_front();
         }
+    }
+
+    #[inline]
+    fn send(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
+        for leg in self.legs.iter_mut().filter(|leg| !leg.ready.is_empty()) {
+            layer.submit(reactor, leg.below, &leg.ready);
+            leg.ready.clear();
+        }
+    }
+
+    /// As [`completed`](Channel::completed) while something is fanned out: runs of what was passed down as it was, and parts.
+    #[cold]
+    fn merge(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
+        let mut rest = batch;
+        while let Some(first) = rest.first() {
+            let whole = rest.iter().take_while(|id| layer.io(**id).frame().tag == WHOLE).count();
+            if whole == 0 {
+                self.part_done(layer, *first);
+            } else {
+                layer.pass_up(self.id, 0, &rest[..whole]);
+            }
+            rest = &rest[whole.max(1)..];
+        }
+        self.start_waiting(layer);
         self.send(layer, reactor);
+    }
+}
+
+/// Puts reads and writes with those that go to the same member, and everything else with what waits.
+#[inline(always)]
+fn sort(
+    layer: &mut Layer,
+    queue: QueueId,
+    batch: &[IoId],
+    legs: &mut [Leg],
+    waiting: &mut VecDeque<IoId>,
+    place: impl Fn(u64) -> (usize, u64),
+) {
+    for &id in batch {
+        let io = layer.io_mut(id);
+        if matches!(io.op, Op::Read | Op::Write) {
+            let (member, lba) = place(io.lba);
+            let leg = &mut legs[member];
+            io.push(queue, WHOLE);
+            io.lba = lba + leg.offset;
+            leg.ready.push(id);
+        } else {
+            waiting.push_back(id);
+        }
     }
 }
 
 impl Channel for Striped {
     fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
-        for &id in batch {
-            let io = layer.io_mut(id);
-            if matches!(io.op, Op::Read | Op::Write) {
-                let (member, lba) = self.layout.place(io.lba);
-                io.push(self.queue, WHOLE);
-                io.lba = lba + self.offsets[member];
-                self.ready[member].push(id);
-            } else {
-                self.spread(layer, id);
+        let Self { queue, layout, legs, waiting, .. } = self;
+        match layout {
+            Layout::Strips { shift, members, power: Some(power) } => {
+                let (shift, mask, power) = (*shift, *members - 1, *power);
+                sort(layer, *queue, batch, legs, waiting, |lba| in_turn(lba, shift, |strip| (strip >> power, strip & mask)));
             }
+            Layout::Strips { shift, members, power: None } => {
+                let (shift, members) = (*shift, *members);
+                sort(layer, *queue, batch, legs, waiting, |lba| in_turn(lba, shift, |strip| (strip / members, strip % members)));
+            }
+            Layout::Concat(starts) => sort(layer, *queue, batch, legs, waiting, |lba| after_another(lba, starts)),
+        }
+        if !self.waiting.is_empty() {
+            self.start_waiting(layer);
         }
         self.send(layer, reactor);
     }
 
+    #[inline]
     fn completed(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
         if self.busy == 0 {
             layer.pass_up(self.id, 0, batch);
