@@ -318,10 +318,16 @@ def layers(report: Report) -> None:
     layer_costs.layers(report, example, moments().measure)
 
 
+def raid(report: Report) -> None:
+    """What is left of malloc's pace in a raid0."""
+    layer_costs.raid(report, example, moments().measure)
+
+
 FIGURES: dict[str, Callable[[Report], None]] = {
     "yardstick": yardstick,
     "in_process": in_process,
     "layers": layers,
+    "raid": raid,
     "vhost_malloc": vhost_malloc,
     "vhost_null": vhost_null,
     "depth_one": depth_one,
