@@ -175,6 +175,13 @@ impl Engine {
         Ok(number)
     }
 
+    fn bdev_raid_start(&self, name: &str) -> PyResult<u64> {
+        let (core, draft) = self.begin()?;
+        let (number, token) = (draft.number(), draft.commit());
+        core.raids.start(name, token.done());
+        Ok(number)
+    }
+
     fn bdev_raid_examine(&self, bdev: &str) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
         let (number, token) = (draft.number(), draft.commit());

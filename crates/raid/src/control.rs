@@ -166,6 +166,12 @@ impl Raids {
         self.task(bdev, reply, |raids, worker| async move { raids.examine_now(&worker, &name).await });
     }
 
+    /// Starts a mirror that waits for members without them. The last resort: what the missing ones alone had is lost, also if it was acknowledged.
+    pub fn start(self: &Arc<Self>, array: &str, reply: Reply<()>) {
+        let name = array.to_owned();
+        self.task(array, reply, |raids, worker| async move { raids.start_now(&worker, &name).await });
+    }
+
     /// Puts a bdev into an empty slot. An online mirror begins to rebuild onto it before the reply.
     pub fn add_base(self: &Arc<Self>, array: &str, base: &str, reply: Reply<()>) {
         let (array, base) = (array.to_owned(), base.to_owned());
@@ -195,7 +201,7 @@ impl Raids {
         lock(&self.arrays).iter().map(|array| array.show()).collect()
     }
 
-    fn find(&self, name: &str) -> Option<Arc<Array>> {
+    pub(crate) fn find(&self, name: &str) -> Option<Arc<Array>> {
         lock(&self.arrays).iter().find(|array| array.name == name).cloned()
     }
 
@@ -351,6 +357,11 @@ impl Raids {
             let awaited = |slot: &Slot| slot.name.is_none() && slot.uuid.is_some() && slot.uuid == uuid;
             let configuring = state.phase == Phase::Configuring;
             let found = state.slots.iter().position(|slot| configuring && awaited(slot));
+            if found.is_none() && configuring && state.sequence != 0 {
+                // It would start the array in place of one that is current, as if it were that itself.
+                let limit = format!("one that the superblock of raid bdev {name} calls current, as long as it is not online");
+                return Err(BdevError::invalid("base_bdev", base, limit));
+            }
             let found = found.or_else(|| state.slots.iter().position(was_here));
             let found = found.or_else(|| state.slots.iter().position(Slot::is_empty));
             let limit = || BdevError::invalid("base_bdev", base, format!("an empty slot of raid bdev {name}: there is none"));

@@ -8,12 +8,15 @@ use qpair_bdev::{BdevError, Descriptor};
 use qpair_wire::raid_superblock::{Base, BaseState, DATA_OFFSET_MIN, Level};
 use zerocopy::little_endian::{U32, U64};
 
-use crate::array::{Array, Phase, Process, RaidDevice, lock};
+use crate::array::{Array, Phase, Process, RaidDevice, Slot, State, lock};
 use crate::control::{Raids, os};
 use crate::mask::Mask;
 use crate::superblock::{Found, load};
 use crate::view::View;
 use crate::worker::Worker;
+
+/// How far ahead an array gets by a start that was forced: further than the legs that it gave up can have gone by themselves.
+const FORCED: u64 = 1 << 32;
 
 impl Raids {
     /// Takes the bdev that a slot names; starts the array if it was the last, or a rebuild if the array is online.
@@ -97,6 +100,7 @@ impl Raids {
             if array.level != Level::RAID1 && array.strip_blocks(state.block_size) == 0 {
                 return Err(BdevError::invalid("strip_size_kb", array.strip_kb, format!("at least a block of {} bytes", state.block_size)));
             }
+            refit(&mut state)?;
             let (sizes, total) = array.sizes(&state);
             if state.sequence != 0 && total != state.num_blocks {
                 let limit = format!("the superblock's {}", state.num_blocks);
@@ -108,6 +112,8 @@ impl Raids {
             state.slots.iter_mut().zip(sizes).for_each(|(slot, size)| slot.data_size = size);
             state.num_blocks = total;
             let mut view = View::clone(&state.view);
+            // An attempt before this one may have failed.
+            (view.serving, view.writing, view.recorded) = (Mask::EMPTY, Mask::EMPTY, Mask::EMPTY);
             for (number, slot) in state.slots.iter_mut().enumerate() {
                 view.members[number] = slot.member.clone();
                 view.offsets[number] = slot.data_offset;
@@ -150,6 +156,46 @@ impl Raids {
         }
     }
 
+    /// Starts a mirror that waits, with the members that are there. Those that are not are given up, and no superblock names them any more: one that
+    /// comes back with writes of its own after this is neither read nor written over until somebody adds it.
+    pub(crate) async fn start_now(self: &Arc<Self>, worker: &Worker, name: &str) -> Result<(), BdevError> {
+        self.sweep();
+        let array = self.find(name).ok_or_else(|| BdevError::NoSuchBdev(format!("raid bdev {name} not found")))?;
+        let _turn = array.turn.take(worker).await;
+        let before = {
+            let mut state = lock(&array.state);
+            if state.phase != Phase::Configuring || state.deleting {
+                return Err(os(libc::EBUSY, format!("raid bdev {name} is {}, and waits for nothing", state.phase.name())));
+            }
+            if array.level != Level::RAID1 {
+                return Err(BdevError::invalid(
+                    "raid_level",
+                    format!("{:?} of raid bdev {name}", array.level),
+                    "raid1: no other does without a base bdev",
+                ));
+            }
+            let discovered = state.slots.iter().filter(|slot| slot.configured).count();
+            if discovered == 0 {
+                return Err(BdevError::invalid("base_bdevs", format!("0 current of raid bdev {name}"), "at least 1"));
+            }
+            let before = (state.slots.clone(), state.operational, state.sequence);
+            for slot in state.slots.iter_mut().filter(|slot| !slot.configured) {
+                *slot = Slot { data_size: slot.data_size, ..Slot::default() };
+            }
+            state.operational = discovered;
+            if array.superblock {
+                state.sequence += FORCED;
+            }
+            before
+        };
+        let outcome = self.bring_online(worker, &array).await;
+        if outcome.is_err() {
+            let mut state = lock(&array.state);
+            (state.slots, state.operational, state.sequence) = before;
+        }
+        outcome
+    }
+
     /// The member of a slot of an online array becomes the target of a rebuild.
     pub(crate) async fn begin_rebuild(
         self: &Arc<Self>,
@@ -180,6 +226,24 @@ impl Raids {
         worker.spawn(async move { array.rebuild(&tasks, slot).await });
         Ok(())
     }
+}
+
+/// Members may have another size than when they took their places. Where there is no superblock yet the array goes by what they have now.
+fn refit(state: &mut State) -> Result<(), BdevError> {
+    let fresh = state.sequence == 0;
+    for slot in &mut state.slots {
+        let Some(member) = &slot.member else { continue };
+        let info = member.info().ok_or_else(|| BdevError::Removing(member.name().to_owned()))?;
+        let (room, needed) = (info.num_blocks.saturating_sub(slot.data_offset), if fresh { 1 } else { slot.data_size });
+        if room < needed {
+            let limit = format!("at least {} for data from block {}", slot.data_offset + needed, slot.data_offset);
+            return Err(BdevError::invalid("num_blocks", format!("{} of base bdev {}", info.num_blocks, info.name), limit));
+        }
+        if fresh {
+            slot.data_size = room;
+        }
+    }
+    Ok(())
 }
 
 /// A member of an array that is no bdev goes.

@@ -353,6 +353,9 @@ class Engine:
         """Reply: None, when an online mirror has begun to rebuild. ``EPERM`` while it is being rebuilt already, ``EINVAL`` without an empty slot."""
 
     def bdev_raid_remove_base(self, base_bdev: str) -> int: ...
+    def bdev_raid_start(self, name: str) -> int:
+        """A mirror that waits for members, without them. Reply: None. ``EBUSY``: it waits for nothing; ``EINVAL``: not a mirror, or nobody current is there."""
+
     def bdev_raid_examine(self, bdev: str) -> int:
         """A bdev that appeared. Reply: 1 if it is a member of an array, else 0. ``EBUSY``: its superblock is newer than its array."""
 

@@ -233,6 +233,22 @@ async def bdev_raid_remove_base_bdev(stack: Stack, params: RaidRemoveBase) -> bo
     return True
 
 
+class RaidStart(Params):
+    """``name`` of a mirror that waits for members."""
+
+    name: str
+
+
+@method("qpair_raid_start", params=RaidStart)
+async def qpair_raid_start(stack: Stack, params: RaidStart) -> bool:
+    """Start a mirror without the members it waits for; what they alone had is lost."""
+    if _raids(stack).find(params.name) is None:
+        raise NoSuchDevice(f"raid bdev {params.name} not found")
+    with _said(f"Failed to start raid bdev {params.name}"):
+        await _raids(stack).call("bdev_raid_start", params.name)
+    return True
+
+
 class RaidSetOptions(Params):
     """``process_window_size_kb``: what a rebuild has for itself at a time. ``process_max_bandwidth_mb_sec``: MiB a second; 0: no limit."""
 
