@@ -128,10 +128,11 @@ impl Layer {
             return true;
         }
         if job.step == Step::Begin {
-            job.step = first_step(io);
-            match job.step {
+            let first = first_step(io);
+            job.step = first;
+            match first {
                 Step::Lock => return self.ask_for_lock(reactor, channel, job),
-                Step::Fill => return self.lend(channel, job),
+                Step::Fill if self.lend(channel, job) => return true,
                 Step::Done => return true,
                 _ => {}
             }
