@@ -217,7 +217,8 @@ impl Mirror {
         layer.retrieve(id);
         if ends || !self.aim(layer, id, tried) {
             let retry = self.retries.swap_remove(at);
-            layer.complete(id, if ends { status } else { retry.status });
+            let told = if ends || status == Status::ABORT_REQUESTED { status } else { retry.status };
+            layer.complete(id, told);
         }
     }
 
@@ -300,7 +301,12 @@ impl Mirror {
             self.missed = self.missed | (failed & view.writing);
         }
         if nobody || refused || !blamed && write.status.is_error() {
-            let status = if write.status.is_error() { write.status } else { Status::WRITE_FAULT };
+            // Who asked for an end is told that, and not what ails a leg besides.
+            let status = match write.status {
+                _ if write.aborted => Status::ABORT_REQUESTED,
+                status if status.is_error() => status,
+                _ => Status::WRITE_FAULT,
+            };
             let uneven = !(write.done | failed).is_empty() && view.writing.count() > 1;
             if uneven && !refused {
                 let io = layer.io(parent);
