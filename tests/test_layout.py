@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CRATES = sorted(path.parent.name for path in (ROOT / "crates").glob("*/Cargo.toml"))
 LINES_MAX = 600
-# Rooms that users never see: the engine's ground, and the bindings themselves.
-ENGINE_ONLY = {"wire", "memory", "reactor", "python"}
+# Rooms that users never see: the engine's ground, the bindings themselves, and what tests alone use.
+ENGINE_ONLY = {"wire", "memory", "reactor", "python", "simkit"}
 # Rooms whose Python side lives in another one, and why.
 GUESTS = {
     "perf": "bdev/perf.py",

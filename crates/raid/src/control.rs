@@ -424,7 +424,10 @@ impl Raids {
             // Somebody else has it removed.
             worker.until(|| (lock(&array.state).phase != Phase::Online).then_some(())).await;
         }
-        lock(&array.state).deleting = before;
+        // Who finds it set leaves that to who set it: of two that leave at once the second would set it for ever.
+        if !before {
+            lock(&array.state).deleting = false;
+        }
         match outcome {
             Ok(()) | Err(BdevError::NoSuchBdev(_) | BdevError::Removing(_)) => Ok(()),
             Err(error) => Err(error),

@@ -1,22 +1,17 @@
 //! Mirrors under random schedules: legs fail, hang, go and come back at any time, the power goes at any step, and still an acknowledged write is never
 //! lost and never read stale, and each I/O ends once.
 
-mod common {
-    pub mod client;
-    pub mod leg;
-}
-
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
-use common::client::{Allowed, CELL, Client, Model};
-use common::leg::Disk;
-use qpair_bdev::{BdevError, Layer, Registry, lifecycle};
+use qpair_bdev::{Info, Op, OpSet, Registry, lifecycle};
 use qpair_raid::{Level, Options, Phase, Raids, Spec};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, Plan, SimDisk, check_slabs, promise};
 
 const OFFSET: u64 = 2048;
-const CELLS: u64 = 3;
+/// Blocks of each client.
+const OWN: u64 = 2 * CELL_BLOCKS;
 
 /// What happens to legs.
 #[derive(Clone, Copy, Default)]
@@ -32,28 +27,41 @@ struct Trouble {
 }
 
 struct Rig {
-    disks: Vec<Arc<Disk>>,
-    models: Vec<Arc<Mutex<Model>>>,
+    disks: Vec<Arc<SimDisk>>,
+    crew: Crew,
     trouble: Trouble,
 }
 
 struct Stage {
     registry: Arc<Registry>,
     raids: Arc<Raids>,
-    disks: Vec<Arc<Disk>>,
+    disks: Vec<Arc<SimDisk>>,
 }
 
 impl Rig {
     fn new(world: &mut World, trouble: Trouble) -> Self {
         let (legs, reactors) = (world.rng().between(2, 3) as u8, world.reactors() as u64);
-        let blocks = OFFSET * u64::from(trouble.superblock) + reactors * CELLS * CELL;
+        let blocks = OFFSET * u64::from(trouble.superblock) + reactors * OWN;
         let delay_ns = *world.rng().pick(&[0, 20_000, 200_000]);
         let disk = |number: u8| {
-            Disk::new(&format!("leg{number}"), number, blocks + u64::from(number), trouble.cached, delay_ns, Rng::new(number.into()))
+            let mut info = Info::new(&format!("leg{number}"), "leg", 512, blocks + u64::from(number));
+            info.uuid = format!("00000000-0000-4000-8000-0000000000{number:02x}").parse().unwrap();
+            info.write_cache = trouble.cached;
+            info.supported = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::Reset]);
+            SimDisk::new(info, Plan { delay_ns, ..Plan::default() })
         };
         let disks = (0..legs).map(disk).collect();
-        let models = (0..reactors).map(|reactor| Model::new(reactor * CELLS * CELL, CELLS * CELL)).collect();
-        Self { disks, models, trouble }
+        let crew = Crew::new(world, 1..=1, OWN, Fills::only(0));
+        Self { disks, crew, trouble }
+    }
+
+    /// Without trouble.
+    fn allowed(&self, cached: bool) -> Allowed {
+        Allowed { cached, mirrored: true, composed: true, churn: true, ..Allowed::default() }
+    }
+
+    fn load(&self, allowed: Allowed) -> Load {
+        Load { bdev: "mirror".to_owned(), info: self.disks[0].info.clone(), allowed, ios: 0 }
     }
 
     fn stage(&self, world: &World) -> Arc<Stage> {
@@ -67,11 +75,9 @@ impl Rig {
 impl Stage {
     /// A leg appears, and is examined.
     fn appear(&self, number: usize, ledger: &Obligations) {
-        if self.registry.register(self.disks[number].device()).is_err() {
-            return;
+        if self.registry.register(self.disks[number].clone()).is_ok() {
+            self.raids.examine(&format!("leg{number}"), promise(ledger, |_| true));
         }
-        let (id, book) = (ledger.open_next(), ledger.clone());
-        self.raids.examine(&format!("leg{number}"), Box::new(move |_| book.close(id)));
     }
 
     fn phase(&self) -> Option<Phase> {
@@ -81,17 +87,11 @@ impl Stage {
 
 fn create(world: &mut World, stage: &Stage, superblock: bool) {
     for disk in &stage.disks {
-        stage.registry.register(disk.device()).unwrap();
+        stage.registry.register(disk.clone()).unwrap();
     }
     let bases = stage.disks.iter().map(|disk| disk.info.name.clone()).collect();
     let spec = Spec { name: "mirror".to_owned(), level: Level::RAID1, strip_kb: 0, bases, uuid: None, superblock };
-    let ledger = world.obligations().clone();
-    let id = ledger.open_next();
-    let reply = move |outcome: Result<(), BdevError>| {
-        outcome.unwrap();
-        ledger.close(id);
-    };
-    stage.raids.create(spec, Box::new(reply));
+    stage.raids.create(spec, promise(world.obligations(), Result::is_ok));
     world.settle();
     assert_eq!(stage.phase(), Some(Phase::Online));
 }
@@ -100,22 +100,16 @@ fn create(world: &mut World, stage: &Stage, superblock: bool) {
 fn torment(stage: &Stage, trouble: Trouble, ledger: &Obligations, rng: &mut Rng) {
     let number = rng.below(stage.disks.len() as u64) as usize;
     let (disk, name) = (&stage.disks[number], format!("leg{number}"));
-    let closes = || {
-        let (id, book) = (ledger.open_next(), ledger.clone());
-        Box::new(move |_: Result<(), BdevError>| book.close(id))
-    };
+    let closes = || promise(ledger, |_| true);
     // One leg at a time is ill: an array all of whose legs fail has nothing to promise.
-    let others_well = stage.disks.iter().enumerate().all(|(other, disk)| {
-        other == number
-            || disk.write_errors.load(Ordering::SeqCst) + disk.read_errors.load(Ordering::SeqCst) == 0 && !disk.hangs.load(Ordering::SeqCst)
-    });
+    let others_well = stage.disks.iter().enumerate().all(|(other, disk)| other == number || disk.illness.is_well());
     match rng.below(8) {
-        0 if trouble.write_errors && others_well => disk.write_errors.store(*rng.pick(&[30, 300, 1000]), Ordering::SeqCst),
-        1 if trouble.read_errors && others_well => disk.read_errors.store(*rng.pick(&[30, 300, 1000]), Ordering::SeqCst),
-        2 if trouble.hangs && others_well => disk.hangs.store(true, Ordering::SeqCst),
-        3 | 4 => disk.heal(),
+        0 if trouble.write_errors && others_well => disk.illness.write_errors.store(*rng.pick(&[30, 300, 1000]), Ordering::SeqCst),
+        1 if trouble.read_errors && others_well => disk.illness.read_errors.store(*rng.pick(&[30, 300, 1000]), Ordering::SeqCst),
+        2 if trouble.hangs && others_well => disk.illness.hangs.store(true, Ordering::SeqCst),
+        3 | 4 => disk.illness.ends_errors(),
         5 if trouble.removal && others_well => {
-            disk.hangs.store(false, Ordering::SeqCst);
+            disk.illness.hangs.store(false, Ordering::SeqCst);
             lifecycle::unregister(&stage.registry, &name, rng.below(300_000), closes());
         }
         6 if trouble.removal => stage.raids.remove_base(&name, closes()),
@@ -132,11 +126,10 @@ fn controller(stage: Arc<Stage>, trouble: Trouble, ledger: Obligations, mut left
         if left == 0 {
             // What hangs ends when it is removed; everything else goes on.
             for (number, disk) in stage.disks.iter().enumerate() {
-                if disk.hangs.swap(false, Ordering::SeqCst) {
-                    let (id, book) = (ledger.open_next(), ledger.clone());
-                    lifecycle::unregister(&stage.registry, &format!("leg{number}"), 0, Box::new(move |_| book.close(id)));
+                if disk.illness.hangs.swap(false, Ordering::SeqCst) {
+                    lifecycle::unregister(&stage.registry, &format!("leg{number}"), 0, promise(&ledger, |_| true));
                 }
-                disk.heal();
+                disk.illness.ends_errors();
             }
             return Act::Done;
         }
@@ -146,15 +139,12 @@ fn controller(stage: Arc<Stage>, trouble: Trouble, ledger: Obligations, mut left
     }
 }
 
-fn clients(world: &mut World, rig: &Rig, stage: &Arc<Stage>, removal: bool) {
+fn clients(world: &mut World, rig: &mut Rig, stage: &Arc<Stage>) {
     let Trouble { write_errors, hangs, resets, cached, removal: removes, .. } = rig.trouble;
     // With hangs and removals all of a write's legs may go under it; what two ill legs do to one write is told as its error.
     let errors = write_errors || hangs || removes;
-    let allowed = Allowed { errors, resets, removal: removal || removes || hangs, cached };
-    for (reactor, model) in rig.models.iter().enumerate() {
-        let ios = world.rng().between(20, 60) as u32;
-        Client::start(world, reactor, &stage.registry, "mirror", model, allowed, ios);
-    }
+    let allowed = Allowed { errors, resets, removal: removes || hangs, ..rig.allowed(cached) };
+    rig.crew.start(world, &stage.registry, &rig.load(allowed), 20..=60);
     let (ledger, left) = (world.obligations().clone(), world.rng().between(2, 12) as u32);
     world.add_actor(controller(stage.clone(), rig.trouble, ledger, left));
 }
@@ -165,8 +155,7 @@ fn assemble(world: &mut World, stage: &Arc<Stage>) {
     world.rng().shuffle(&mut order);
     let ledger = world.obligations().clone();
     for number in order {
-        stage.disks[number].heal();
-        stage.disks[number].hangs.store(false, Ordering::SeqCst);
+        stage.disks[number].illness.ends();
         stage.appear(number, &ledger);
         if world.rng().chance(1, 2) {
             world.settle();
@@ -178,58 +167,60 @@ fn assemble(world: &mut World, stage: &Arc<Stage>) {
 
 fn demolish(world: &mut World, stage: &Arc<Stage>) {
     let ledger = world.obligations().clone();
-    let id = ledger.open_next();
-    stage.raids.delete("mirror", false, Box::new(move |_| ledger.close(id)));
+    stage.raids.delete("mirror", false, promise(&ledger, |_| true));
     world.settle();
     for disk in &stage.disks {
-        let ledger = world.obligations().clone();
-        let id = ledger.open_next();
-        lifecycle::unregister(&stage.registry, &disk.info.name, 0, Box::new(move |_| ledger.close(id)));
+        lifecycle::unregister(&stage.registry, &disk.info.name, 0, promise(&ledger, |_| true));
     }
     world.finish();
     assert!(stage.raids.list().is_empty() && stage.registry.list(None).unwrap().is_empty(), "something still stands");
-    for reactor in 0..world.reactors() {
-        let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-        assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
+    stage.disks.iter().for_each(|disk| disk.check_end());
+    check_slabs(world);
+}
+
+/// The process is gone, and so are its bdevs, which hold their registry as it holds them.
+fn bury(stage: &Stage) {
+    for listing in stage.registry.list(None).unwrap() {
+        lifecycle::unregister(&stage.registry, &listing.info.name, 0, Box::new(|_| {}));
     }
 }
 
 /// Reads everything, often enough that each leg is read.
-fn verify(world: &mut World, rig: &Rig, stage: &Arc<Stage>) {
-    let calm = Allowed { cached: rig.trouble.cached, ..Allowed::default() };
-    for (reactor, model) in rig.models.iter().enumerate() {
-        Client::start(world, reactor, &stage.registry, "mirror", model, calm, 40);
-    }
+fn verify(world: &mut World, rig: &mut Rig, stage: &Arc<Stage>) {
+    let load = rig.load(rig.allowed(rig.trouble.cached));
+    rig.crew.start(world, &stage.registry, &load, 40..=40);
     world.settle();
 }
 
 fn run(seed: u64, trouble: Trouble, reads: &AtomicU64) {
     let reactors = 1 + (seed % 3) as usize;
     let mut world = World::new(seed, reactors);
-    let rig = Rig::new(&mut world, trouble);
+    let mut rig = Rig::new(&mut world, trouble);
     let mut stage = rig.stage(&world);
     create(&mut world, &stage, trouble.superblock);
     let generations = if trouble.crashes { world.rng().between(1, 4) } else { 0 };
     for generation in 0..generations {
-        clients(&mut world, &rig, &stage, false);
+        clients(&mut world, &mut rig, &stage);
         let steps = world.rng().below(3000);
         world.run(steps);
         world.kill();
         world.obligations().abandon_open();
         rig.disks.iter().for_each(|disk| disk.crash());
-        rig.models.iter().for_each(|model| model.lock().unwrap().crash());
+        bury(&stage);
+        rig.crew.crash();
         world = World::new(seed ^ (generation + 1) << 32, reactors);
         stage = rig.stage(&world);
         assemble(&mut world, &stage);
-        verify(&mut world, &rig, &stage);
+        verify(&mut world, &mut rig, &stage);
     }
-    clients(&mut world, &rig, &stage, false);
+    clients(&mut world, &mut rig, &stage);
     world.settle();
     if stage.phase() == Some(Phase::Online) {
-        verify(&mut world, &rig, &stage);
+        verify(&mut world, &mut rig, &stage);
     }
     demolish(&mut world, &stage);
-    reads.fetch_add(rig.models.iter().map(|model| model.lock().unwrap().reads).sum(), Ordering::Relaxed);
+    rig.crew.check_end();
+    reads.fetch_add(rig.crew.reads(), Ordering::Relaxed);
 }
 
 fn scenario(name: &str, seeds: u64, trouble: Trouble) {
