@@ -75,6 +75,9 @@ ODD_TEXTS = (
 INTEGERS = (0, 1, 2, 3, 4, 8, 64, 100, 511, 512, 520, 4096, 16384, 2**16 - 1, 2**16, 2**31 - 1, 2**32 - 1, 2**53, 2**63 - 1, 2**63, U64_MAX)
 # A wait is a wait: only those that end at once, or are refused.
 WAITS = (0, 1, 5, U64_MAX)
+# These answer when others' I/O has ended.
+WAITING = ("bdev_wait_for_examine",)
+PATIENCE_S, ANSWER_WITHIN_S = 2, 60
 ANYTHING = (None, True, 0, -1, 1.5, "x", [], {}, [None], {"a": [1, {"b": None}]})
 ANSWER_BYTES_MAX = 1 << 20
 REFUSAL_BYTES_MAX = 20_000
@@ -360,10 +363,7 @@ class Session:
         self.journal.append(document)
         self.asked += len(made)
         state = self._stack.state
-        try:
-            answer = await asyncio.wait_for(_answer(self._stack, document), 60)
-        except TimeoutError:
-            raise Finding(f"no answer within 60 s: {document[:2000]}") from None
+        answer = await self._answered(document, patient=any(each.method in WAITING for each in made))
         wanted = [each for each in made if each.answered]
         if answer is None:
             replies: list[Any] = []
@@ -374,6 +374,23 @@ class Session:
             raise Finding(f"{len(replies)} answers for {len(wanted)} requests: {document[:2000]}")
         for each, reply in zip(wanted, replies, strict=True):
             _judge(each, reply, startup=state == "startup")
+
+    async def _answered(self, document: str, *, patient: bool) -> bytes | None:
+        """The answer. Who waits for I/O that never ends (an error bdev keeps it, a delay bdev holds it) is answered when those bdevs go."""
+        asking = asyncio.ensure_future(_answer(self._stack, document))
+        for last in (False, True) if patient else (True,):
+            await asyncio.wait([asking], timeout=ANSWER_WITHIN_S if last else PATIENCE_S)
+            if asking.done():
+                return asking.result()
+            if not last:
+                await self._clear()
+        asking.cancel()
+        raise Finding(f"no answer within {ANSWER_WITHIN_S} s: {document[:2000]}")
+
+    async def _clear(self) -> None:
+        bdevs = self._stack.bdevs
+        gone = (bdevs.delete(info.name, deadline_ms=1000) for info in bdevs.infos())
+        await asyncio.wait_for(asyncio.gather(*gone, return_exceptions=True), ANSWER_WITHIN_S)
 
 
 async def _answer(stack: Stack, text_: str) -> bytes | None:
@@ -452,9 +469,10 @@ async def check(
 async def turn(session: Session, choice: Choice, connections: int) -> None:
     """One document on each connection, all at once."""
     documents = [[request(choice) for _ in range(one(choice, (1, 1, 1, 4)))] for _ in range(connections)]
-    async with asyncio.TaskGroup() as group:
-        for each in documents:
-            group.create_task(session.ask(each))
+    answers = await asyncio.gather(*(session.ask(each) for each in documents), return_exceptions=True)
+    for answer in answers:
+        if answer is not None:
+            raise answer
 
 
 async def replay(documents: Iterable[str], engine_factory: Callable[..., Any] | None = None) -> None:

@@ -3,7 +3,8 @@
 A file key is a path; the file is looked at when it is added (absolute, ours, closed to everybody else) and not read. A crypto key is two texts of hexadecimal
 digits: they stand in a saved configuration, as with SPDK, and in no log line or error.
 
-accel: the processor does everything, so each operation belongs to the module "software" unless accel_assign_opc said otherwise.
+accel: the processor does everything, so each operation belongs to the module "software" unless accel_assign_opc said otherwise. No I/O passes an accel framework or
+a pool of iobuf: their statistics are there for clients that ask, and empty.
 """
 
 from __future__ import annotations
@@ -167,6 +168,26 @@ async def accel_get_opc_assignments(stack: Stack, params: None) -> dict[str, str
     """Which module does which operation."""
     assigned = {call["opname"]: call["module"] for call in stack.inert.said("accel", "accel_assign_opc")}
     return {name: assigned.get(name, "software") for name in OPERATIONS}
+
+
+@method("accel_get_module_info")
+async def accel_get_module_info(stack: Stack, params: None) -> list[dict[str, Any]]:
+    """The modules there are: one, the processor."""
+    return [{"module": "software", "supported ops": list(OPERATIONS)}]
+
+
+@method("accel_get_stats")
+async def accel_get_stats(stack: Stack, params: None) -> dict[str, Any]:
+    """How much went through the accel framework: nothing, for here the bdevs compute by themselves."""
+    sequences = dict.fromkeys(("sequence_executed", "sequence_failed", "sequence_outstanding", "task_outstanding"), 0)
+    retries = dict.fromkeys(("retry_task", "retry_sequence", "retry_iobuf", "retry_bufdesc"), 0)
+    return {**sequences, "operations": [], **retries}
+
+
+@method("iobuf_get_stats")
+async def iobuf_get_stats(stack: Stack, params: None) -> list[Any]:
+    """The modules that draw on the pools of iobuf: none, see `qpair.bdev.rpc_options`."""
+    return []
 
 
 @method("sock_get_default_impl", startup=True)
