@@ -72,6 +72,8 @@ pub(crate) struct Mirror {
     queue: QueueId,
     array: Arc<Array>,
     view: Arc<View>,
+    /// Every slot.
+    all: Mask,
     below: Vec<Option<ChannelId>>,
     /// Blocks being read, by slot.
     load: Vec<u64>,
@@ -123,6 +125,7 @@ impl Mirror {
             queue: layer.add_inner_queue(id),
             array: array.clone(),
             view: Arc::default(),
+            all: Mask::first(slots),
             below: vec![None; slots],
             load: vec![0; slots],
             writes: (0..count).map(|_| vacant()).collect(),
@@ -258,7 +261,7 @@ impl Mirror {
             legs = legs | Mask::of(slot);
             self.ready[slot].push(child);
         }
-        write.required = Mask::first(self.below.len()).minus(self.view.recorded) | legs;
+        write.required = self.all.minus(self.view.recorded) | legs;
         if legs.is_empty() {
             write.status = Status::INTERNAL_DEVICE_ERROR;
             self.judge(layer, index, false);
@@ -289,16 +292,16 @@ impl Mirror {
 
     /// All legs have answered: acknowledges the write, fails it, or has it wait for a record. `refused`: the record that it waits for could not be made.
     fn judge(&mut self, layer: &mut Layer, index: u32, refused: bool) {
-        let view = self.view.clone();
+        let View { serving, writing, recorded, .. } = *self.view;
         let write = &mut self.writes[index as usize];
         let Some(parent) = write.parent else { return };
-        let missing = write.required.minus(write.done).minus(view.recorded);
-        let nobody = (write.done & view.serving).is_empty();
+        let missing = write.required.minus(write.done).minus(recorded);
+        let nobody = (write.done & serving).is_empty();
         let blamed = blames(write.status) && !(write.aborted && write.status == Status::ABORT_REQUESTED);
         let failed = write.failed;
         // A target that missed what is acknowledged has to be told apart from one that has all.
         if blamed && !nobody {
-            self.missed = self.missed | (failed & view.writing);
+            self.missed = self.missed | (failed & writing);
         }
         if nobody || refused || !blamed && write.status.is_error() {
             // Who asked for an end is told that, and not what ails a leg besides.
@@ -307,18 +310,18 @@ impl Mirror {
                 status if status.is_error() => status,
                 _ => Status::WRITE_FAULT,
             };
-            let uneven = !(write.done | failed).is_empty() && view.writing.count() > 1;
+            let uneven = !(write.done | failed).is_empty() && writing.count() > 1;
             if uneven && !refused {
                 let io = layer.io(parent);
-                let source = if nobody { view.serving } else { write.done & view.serving };
-                let repair = Repair { slots: view.writing, source, lba: io.lba, blocks: io.blocks };
+                let source = if nobody { serving } else { write.done & serving };
+                let repair = Repair { slots: writing, source, lba: io.lba, blocks: io.blocks };
                 if io.op != Op::Flush {
                     self.array.repair(repair);
                 }
             }
             return self.end(layer, index, status);
         }
-        let dropped = missing | (failed & view.writing);
+        let dropped = missing | (failed & writing);
         if missing.is_empty() {
             self.end(layer, index, Status::SUCCESS);
         } else {
