@@ -1,7 +1,4 @@
-"""Fixtures of the control plane's tests: a running stack on the compiled engine, or, where that is not built, on the in-memory double.
-
-``QPAIR_TEST_ENGINE=double`` forces the double, ``=real`` forbids it.
-"""
+"""Fixtures of the control plane's tests: a running stack on the compiled engine."""
 
 from __future__ import annotations
 
@@ -24,26 +21,12 @@ settings.register_profile("qpair", deadline=None)
 settings.load_profile("qpair")
 
 
-def _engine() -> tuple[str, Callable[..., Any]]:
-    wanted = os.environ.get("QPAIR_TEST_ENGINE", "auto")
-    if wanted != "double":
-        try:
-            from qpair._engine import Engine
+try:
+    from qpair._engine import Engine as ENGINE
+except ImportError as error:
+    pytest.exit(f"the engine is not built: run `make engine` ({error})", returncode=pytest.ExitCode.USAGE_ERROR)
 
-            return "real", Engine
-        except ImportError:
-            if wanted == "real":
-                raise
-    from doubles.engine import Engine as Double
-
-    return "double", Double
-
-
-ENGINE_KIND, ENGINE = _engine()
-
-
-def pytest_report_header() -> str:
-    return f"qpair engine: {ENGINE_KIND}"
+ENGINE_KIND = "real"
 
 
 @pytest.fixture
@@ -106,10 +89,8 @@ async def run_client(*command: str, stdin: bytes | None = None, timeout: float =
 
 @pytest.fixture
 def qpair_command() -> list[str]:
-    """The ``qpair`` command, on the engine that the tests run on."""
-    if ENGINE_KIND == "real":
-        return [sys.executable, "-m", "qpair.cli"]
-    return [sys.executable, str(Path(__file__).parent / "doubles" / "launch.py")]
+    """The ``qpair`` command."""
+    return [sys.executable, "-m", "qpair.cli"]
 
 
 @pytest.fixture

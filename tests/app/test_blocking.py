@@ -327,10 +327,9 @@ def test_a_disk_keeps_its_stack(engine_factory: Callable[..., Any]) -> None:
 
 def script(body: str, *, engine_kind: str) -> subprocess.Popen[str]:
     """``body`` as a program, with BlockingStack on the engine under test."""
-    double = "import doubles.engine, sys; sys.modules['qpair._engine'] = doubles.engine\n" if engine_kind != "real" else ""
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     return subprocess.Popen(
-        [sys.executable, "-W", "default", "-c", double + f"import qpair\nCORE = {CORE}\n" + body],
+        [sys.executable, "-W", "default", "-c", f"import qpair\nCORE = {CORE}\n" + body],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
 
