@@ -6,8 +6,10 @@
 //! time to sleep until is known exactly, and those who wait are served in the order in which they asked, on whatever reactor. An I/O larger
 //! than what a moment allows waits for nothing but its place; those behind it wait until it is paid.
 //!
-//! What the rate allowed and nobody took is lost after [`BURST_NS`]: `taken` is lifted to the level of that long ago. One who is late, though he
-//! asked in time (his reactor was busy), loses nothing up to [`CATCH_UP_NS`].
+//! What the rate allowed and nobody took is lost after [`BURST_NS`]: `taken` is lifted to the level of that long ago. But where somebody asked in
+//! time and is late to come (his reactor was busy, or its processor away), nothing is lost up to [`CATCH_UP_NS`]: while anybody [waits](Pace::joins)
+//! nobody lifts `taken` further, and one who has just waited goes on from his last place. Somebody who waits has a place that the level had not reached when he
+//! took it, so what was not taken since then is what he was late.
 //!
 //! One atomic number is all that reactors share, and nothing is read by what it says; so every order of events is one of additions, and relaxed
 //! accesses do. That no unit is given out twice is model-checked in this crate's `tests/loom_limit.rs`.
@@ -86,7 +88,7 @@ impl Pace {
         u64::try_from(at).unwrap_or(u64::MAX)
     }
 
-    /// Takes a place in line for `units`. `since_ns`: the time of the caller's last place, if he has waited ever since; or now.
+    /// Takes a place in line for `units`. `since_ns`: the time of the caller's last place, if he has wanted more ever since; or now.
     pub fn take(&self, units: u64, now_ns: u64, since_ns: u64) -> Grant {
         let floor = self.floor(now_ns, since_ns);
         let mut taken = self.taken.load(Ordering::Relaxed);
@@ -103,16 +105,16 @@ impl Pace {
         }
     }
 
-    /// Takes `units` if all of them may be used now, and a slice more where there is plenty; else nothing.
-    pub fn take_now(&self, units: u64, now_ns: u64) -> Option<Grant> {
-        let (level, floor) = (self.level(now_ns), self.floor(now_ns, now_ns));
+    /// Takes `units` if all of them may be used now, and a slice more where there is plenty; else nothing. `since_ns` as for [`take`](Self::take).
+    pub fn take_now(&self, units: u64, now_ns: u64, since_ns: u64) -> Option<Grant> {
+        let (level, floor) = (self.level(now_ns), self.floor(now_ns, since_ns));
         let mut taken = self.taken.load(Ordering::Relaxed);
         loop {
             let place = taken.max(floor);
             let left = level.checked_sub(place)?.checked_sub(units)?;
             let units = if left >= self.slice { units + self.slice } else { units };
             match self.taken.compare_exchange_weak(taken, place + units, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Some(Grant { units, from_ns: now_ns, place_ns: now_ns }),
+                Ok(_) => return Some(Grant { units, from_ns: now_ns, place_ns: self.reached_ns(place) }),
                 Err(other) => taken = other,
             }
         }
@@ -120,6 +122,7 @@ impl Pace {
 
     /// Below it nothing is given out any more: it was not used in time.
     fn floor(&self, now_ns: u64, since_ns: u64) -> u64 {
+        let since_ns = if self.waiting() > 0 { 0 } else { since_ns };
         let wanted = since_ns.max(now_ns.saturating_sub(CATCH_UP_NS)).min(now_ns.saturating_sub(BURST_NS));
         self.level(wanted)
     }
@@ -132,7 +135,7 @@ impl Pace {
         }
     }
 
-    /// One begins to wait.
+    /// One begins to wait for this rate and no other: his place is still to come.
     pub fn joins(&self) {
         self.waiting.fetch_add(1, Ordering::Relaxed);
     }

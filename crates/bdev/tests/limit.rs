@@ -29,9 +29,9 @@ fn a_large_one_starts_at_its_place_and_those_behind_wait_until_it_is_paid() {
 fn what_is_not_used_is_lost_but_for_a_millisecond() {
     let pace = pace(1_000_000);
     let now = 15 * SECOND_NS;
-    assert_eq!(pace.take_now(1001, now), None);
-    assert_eq!(pace.take_now(1000, now).map(|grant| grant.units), Some(1000));
-    assert_eq!(pace.take_now(1, now), None);
+    assert_eq!(pace.take_now(1001, now, now), None);
+    assert_eq!(pace.take_now(1000, now, now).map(|grant| grant.units), Some(1000));
+    assert_eq!(pace.take_now(1, now, now), None);
 }
 
 #[test]
@@ -51,11 +51,11 @@ fn one_who_waited_loses_nothing_for_being_late() {
 fn plenty_is_lent_by_the_slice() {
     let pace = pace(10_000_000);
     let now = 15 * SECOND_NS;
-    assert_eq!(pace.take_now(100, now).map(|grant| grant.units), Some(1100));
-    assert_eq!(pace.take_now(8000, now).map(|grant| grant.units), Some(8000));
-    assert_eq!(pace.take_now(901, now), None);
+    assert_eq!(pace.take_now(100, now, now).map(|grant| grant.units), Some(1100));
+    assert_eq!(pace.take_now(8000, now, now).map(|grant| grant.units), Some(8000));
+    assert_eq!(pace.take_now(901, now, now), None);
     pace.give_back(1);
-    assert_eq!(pace.take_now(901, now).map(|grant| grant.units), Some(901));
+    assert_eq!(pace.take_now(901, now, now).map(|grant| grant.units), Some(901));
 }
 
 #[test]

@@ -46,14 +46,14 @@ fn what_is_given_back_is_given_again() {
         // One unit of before is left.
         let there = pace.clone();
         let other = thread::spawn(move || {
-            let got = there.take_now(1, NOW);
+            let got = there.take_now(1, NOW, NOW);
             got.into_iter().for_each(|grant| there.give_back(grant.units));
             got.is_some()
         });
-        let own = pace.take_now(1, NOW).is_some();
+        let own = pace.take_now(1, NOW, NOW).is_some();
         let theirs = other.join().unwrap();
         assert!(own || theirs, "neither got the unit that was there");
-        assert_eq!(pace.take_now(1, NOW).is_some(), !own, "the unit is there unless this thread kept it");
-        assert!(pace.take_now(1, NOW).is_none());
+        assert_eq!(pace.take_now(1, NOW, NOW).is_some(), !own, "the unit is there unless this thread kept it");
+        assert!(pace.take_now(1, NOW, NOW).is_none());
     });
 }

@@ -5,6 +5,9 @@
 //! its place in line, for itself and for what waits behind it (a slice at most).
 //!
 //! Rates that one I/O has to be paid for at once are a [`Line`]: while it waits for one of them, its credit of the others is kept.
+//!
+//! **Late reactors.** A line that waited and comes late may take its part of what was missed meanwhile (`left`), and does so although it has no more
+//! waiting than its front end has I/Os: when they are done and come again within a millisecond, it goes on where it was.
 
 use std::sync::Arc;
 
@@ -22,6 +25,8 @@ pub(super) struct Late {
     pub(super) due_ns: u64,
     pub(super) limiter: Arc<Limiter>,
     pub(super) kind: usize,
+    /// Its number in the line.
+    at: usize,
 }
 
 /// One rate, and a channel's credit of it.
@@ -73,24 +78,30 @@ impl Due {
         self.units >= need && self.from_ns <= now_ns && now_ns - self.from_ns <= BURST_NS
     }
 
+    /// From when on nothing is lost of what this one may take: `since_ns`, if it has wanted more since then.
+    fn since(&self, since_ns: Option<u64>, now_ns: u64) -> u64 {
+        let wanted = since_ns.is_some_and(|since_ns| self.place_ns >= since_ns);
+        if wanted { self.place_ns } else { now_ns }
+    }
+
     #[cold]
-    fn refill(&mut self, need: u64, now_ns: u64) -> bool {
+    fn refill(&mut self, need: u64, resumes: Option<u64>, now_ns: u64) -> bool {
         self.expire(now_ns);
         if self.units > 0 && self.from_ns > now_ns {
             return false;
         }
-        let grant = self.pace.take_now(need.saturating_sub(self.units), now_ns);
-        if let Some(grant) = grant {
-            (self.units, self.from_ns) = (self.units + grant.units, now_ns);
-        }
-        grant.is_some()
+        let since_ns = self.since(resumes.filter(|_| self.left > 0), now_ns);
+        let Some(grant) = self.pace.take_now(need.saturating_sub(self.units), now_ns, since_ns) else { return false };
+        self.left = self.left.saturating_sub(grant.units);
+        (self.units, self.from_ns, self.place_ns) = (self.units + grant.units, now_ns, grant.place_ns);
+        true
     }
 
     /// Takes a place in line for what is wanting, and for `behind` more such I/Os.
-    fn queue_up(&mut self, need: u64, behind: u64, waits: Option<u64>, now_ns: u64) {
-        let waited = waits.is_some_and(|since_ns| self.place_ns >= since_ns);
+    fn queue_up(&mut self, need: u64, behind: u64, waits: Option<u64>, resumes: Option<u64>, now_ns: u64) {
+        let since_ns = self.since(waits.or(resumes.filter(|_| self.left > 0)), now_ns);
         let behind = behind.min(self.pace.slice() / need) * need;
-        let grant = self.pace.take(need - self.units + behind, now_ns, if waited { self.place_ns } else { now_ns });
+        let grant = self.pace.take(need - self.units + behind, now_ns, since_ns);
         let later = waits.is_some() && self.left == 0;
         self.units += grant.units;
         self.left = self.left.saturating_sub(grant.units);
@@ -104,19 +115,24 @@ pub(super) struct Line {
     dues: Vec<Due>,
     /// Since when something waits.
     waits: Option<u64>,
+    /// Which of them it waits for, if not for another line.
+    joined: Option<usize>,
+    /// When it last began to wait, and until when it is as if it had not ended.
+    since_ns: u64,
+    resumes_until_ns: u64,
     /// When something was last taken while it waited.
     turn_ns: u64,
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.rest();
+        self.leave();
     }
 }
 
 impl Line {
     pub(super) fn new(dues: Vec<Due>) -> Self {
-        Self { dues, waits: None, turn_ns: 0 }
+        Self { dues, ..Self::default() }
     }
 
     /// Whether nothing is owed at all.
@@ -126,17 +142,27 @@ impl Line {
 
     /// What there is, for a line made anew.
     pub(super) fn take_dues(&mut self) -> Vec<Due> {
-        self.rest();
+        self.leave();
         std::mem::take(&mut self.dues)
     }
 
     /// Whether that can be paid now, out of credit or abundance. Not to be asked while something waits.
     #[inline]
     pub(super) fn affords(&mut self, cost: Cost, now_ns: u64) -> bool {
+        let resumes = self.resumes(now_ns);
         self.dues.iter_mut().all(|due| {
             let need = due.need(cost);
-            due.covers(need, now_ns) || due.refill(need, now_ns)
+            due.covers(need, now_ns) || due.refill(need, resumes, now_ns)
         })
+    }
+
+    #[inline]
+    fn resumes(&mut self, now_ns: u64) -> Option<u64> {
+        if now_ns > self.resumes_until_ns {
+            return None;
+        }
+        self.resumes_until_ns = now_ns + BURST_NS;
+        Some(self.since_ns)
     }
 
     #[inline]
@@ -147,8 +173,9 @@ impl Line {
     /// None: it can be paid now. Else it has a place in line, for `queued` such I/Os.
     pub(super) fn ask(&mut self, cost: Cost, queued: u64, now_ns: u64) -> Option<Late> {
         self.begin_turn(now_ns);
+        let resumes = self.resumes(now_ns);
         let mut late: Option<Late> = None;
-        for due in &mut self.dues {
+        for (at, due) in self.dues.iter_mut().enumerate() {
             let need = due.need(cost);
             if need == 0 {
                 continue;
@@ -157,10 +184,10 @@ impl Line {
                 due.expire(now_ns);
             }
             if due.units < need {
-                due.queue_up(need, queued - 1, self.waits, now_ns);
+                due.queue_up(need, queued - 1, self.waits, resumes, now_ns);
             }
             if due.from_ns > late.as_ref().map_or(now_ns, |late| late.due_ns) {
-                late = Some(Late { due_ns: due.from_ns, limiter: due.limiter.clone(), kind: due.kind });
+                late = Some(Late { due_ns: due.from_ns, limiter: due.limiter.clone(), kind: due.kind, at });
             }
         }
         late
@@ -181,24 +208,35 @@ impl Line {
         self.waits.is_some()
     }
 
-    /// Something waits from now on, if it did not before.
-    pub(super) fn wait(&mut self, now_ns: u64) {
+    /// Something waits from now on, if it did not before: for the rate that is late, or for another line.
+    pub(super) fn wait(&mut self, late: Option<&Late>, now_ns: u64) {
+        let wanted = late.map(|late| late.at);
+        if self.joined != wanted {
+            self.joined.into_iter().for_each(|at| self.dues[at].pace.leaves());
+            wanted.into_iter().for_each(|at| self.dues[at].pace.joins());
+            self.joined = wanted;
+        }
         if self.waits.is_none() {
-            self.waits = Some(now_ns);
-            self.dues.iter().for_each(|due| due.pace.joins());
+            (self.waits, self.since_ns) = (Some(now_ns), now_ns);
         }
     }
 
     /// Nothing waits any more.
-    pub(super) fn rest(&mut self) {
-        if self.waits.take().is_some() {
-            self.dues.iter().for_each(|due| due.pace.leaves());
+    pub(super) fn rest(&mut self, now_ns: u64) {
+        if self.waits.is_some() {
+            self.resumes_until_ns = now_ns + BURST_NS;
+            self.leave();
         }
+    }
+
+    fn leave(&mut self) {
+        self.waits = None;
+        self.joined.take().into_iter().for_each(|at| self.dues[at].pace.leaves());
     }
 
     /// What waited is gone unpaid: its place is for others.
     pub(super) fn give_up(&mut self) {
-        self.rest();
+        self.leave();
         self.dues.iter_mut().for_each(Due::give_back);
     }
 }

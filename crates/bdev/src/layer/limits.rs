@@ -138,19 +138,21 @@ impl Throttle {
     /// Pays for one I/O, the first of its lane or a newcomer to it; or has it take its place where it has to wait.
     fn pay(&mut self, lane: usize, cost: Cost, arrival: u64, now_ns: u64) -> Result<(), Wait> {
         let queued = self.lanes.each_ref().map(|lane| lane.ios.len() as u64);
-        let wait = if let Some(late) = self.own[lane].ask(cost, queued[lane].max(1), now_ns) {
-            Wait::for_limit(late, false)
-        } else if let Some(older) = self.older_at_shared(lane, arrival) {
+        if let Some(late) = self.own[lane].ask(cost, queued[lane].max(1), now_ns) {
+            self.own[lane].wait(Some(&late), now_ns);
+            return Err(Wait::for_limit(late, false));
+        }
+        let wait = if let Some(older) = self.older_at_shared(lane, arrival) {
             Wait { due_ns: older.due_ns, at_shared: true, limit: None }
         } else if let Some(late) = self.shared.ask(cost, queued.iter().sum::<u64>().max(1), now_ns) {
-            self.shared.wait(now_ns);
+            self.shared.wait(Some(&late), now_ns);
             Wait::for_limit(late, true)
         } else {
             self.own[lane].charge(cost);
             self.shared.charge(cost);
             return Ok(());
         };
-        self.own[lane].wait(now_ns);
+        self.own[lane].wait(None, now_ns);
         Err(wait)
     }
 
@@ -172,52 +174,59 @@ impl Throttle {
     }
 
     /// The first of a lane goes, paid for or not.
-    fn pop(&mut self, lane: usize) {
+    fn pop(&mut self, lane: usize, now_ns: u64) {
         let place = &mut self.lanes[lane];
         place.ios.pop_front();
         (place.due_ns, place.at_shared) = (0, false);
         if place.ios.is_empty() {
-            self.own[lane].rest();
+            self.own[lane].rest(now_ns);
         }
     }
 
     /// Nobody is left to be tried now.
-    fn end_turn(&mut self) {
+    fn end_turn(&mut self, now_ns: u64) {
         self.stalled = false;
         if !self.lanes.iter().any(|lane| lane.at_shared) {
-            self.shared.rest();
+            self.shared.rest(now_ns);
         }
     }
 
+    /// The first of a lane has its turn, and waits for the device: for as long, for no rate.
+    fn stall(&mut self, lane: usize, now_ns: u64) {
+        self.stalled = true;
+        self.own[lane].rest(now_ns);
+        self.shared.rest(now_ns);
+    }
+
     /// Takes an I/O out that ends unpaid.
-    pub(super) fn forget(&mut self, id: IoId) {
+    pub(super) fn forget(&mut self, id: IoId, now_ns: u64) {
         for number in 0..LANES {
             let lane = &mut self.lanes[number];
             let before = lane.ios.len();
             lane.ios.retain(|(_, other)| *other != id);
             if lane.ios.len() < before && lane.ios.is_empty() {
-                self.emptied(number);
+                self.emptied(number, now_ns);
             }
         }
     }
 
     /// Takes any I/O out, to end it unpaid.
-    pub(super) fn take_any(&mut self) -> Option<IoId> {
+    pub(super) fn take_any(&mut self, now_ns: u64) -> Option<IoId> {
         let number = self.lanes.iter().position(|lane| !lane.ios.is_empty())?;
         let (_, id) = self.lanes[number].ios.pop_front()?;
         if self.lanes[number].ios.is_empty() {
-            self.emptied(number);
+            self.emptied(number, now_ns);
         }
         Some(id)
     }
 
-    fn emptied(&mut self, lane: usize) {
+    fn emptied(&mut self, lane: usize, now_ns: u64) {
         (self.lanes[lane].due_ns, self.lanes[lane].at_shared) = (0, false);
         self.own[lane].give_up();
         if self.is_empty() {
             self.shared.give_up();
         } else {
-            self.end_turn();
+            self.end_turn(now_ns);
         }
     }
 
@@ -330,20 +339,20 @@ impl Layer {
             && let Some(limits) = &mut slot.limits
         {
             let Some((lane, arrival, id)) = limits.next(now_ns) else {
-                limits.end_turn();
+                limits.end_turn(now_ns);
                 break;
             };
             let io = self.ios.get_mut(id);
             if !slot.gate.ranges.is_empty() && Self::stays_out(slot, id, io) {
                 if let Some(limits) = &mut slot.limits {
-                    limits.pop(lane);
+                    limits.pop(lane, now_ns);
                 }
                 continue;
             }
             let route = check::route(&slot.info, io);
             if matches!(route, Route::Plain) && slot.room() == 0 {
                 if let Some(limits) = &mut slot.limits {
-                    limits.stalled = true;
+                    limits.stall(lane, now_ns);
                 }
                 return false;
             }
@@ -355,7 +364,7 @@ impl Layer {
                 self.throttled.add(slot, channel, lane, wait, now_ns);
                 continue;
             }
-            limits.pop(lane);
+            limits.pop(lane, now_ns);
             io.state = State::Held;
             self.start(reactor, channel, id, ready);
         }

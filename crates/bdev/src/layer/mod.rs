@@ -551,7 +551,7 @@ impl Layer {
             if let Some(slot) = &mut self.slots[channel.0 as usize] {
                 slot.waiting.retain(|other| *other != id);
                 slot.gate.outside.retain(|other| *other != id);
-                slot.limits.iter_mut().for_each(|limits| limits.forget(id));
+                slot.limits.iter_mut().for_each(|limits| limits.forget(id, self.now_ns));
             }
             return self.refuse(channel, id, Status::ABORT_REQUESTED);
         }

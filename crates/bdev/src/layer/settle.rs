@@ -92,8 +92,9 @@ impl Layer {
     }
 
     fn fail_waiting(&mut self, channel: ChannelId) {
+        let now_ns = self.now_ns;
         let next = |slot: &mut super::Slot| {
-            let limited = slot.limits.as_mut().and_then(|limits| limits.take_any());
+            let limited = slot.limits.as_mut().and_then(|limits| limits.take_any(now_ns));
             limited.or_else(|| slot.waiting.pop_front()).or_else(|| slot.gate.outside.pop())
         };
         while let Some(id) = self.slots[channel.0 as usize].as_mut().and_then(next) {
