@@ -6,8 +6,8 @@ use qpair_wire::nvme::Status;
 
 use crate::layer::{ChannelId, QueueId};
 
-/// How deep bdevs can be stacked: one frame for each layer that an I/O passes.
-pub const FRAMES_MAX: usize = 8;
+/// How deep bdevs can be stacked: one frame for each layer that an I/O passes. Ten, because [`Io`] is then an odd number of cache lines.
+pub const FRAMES_MAX: usize = 10;
 
 /// What an I/O does. Numbers are bit positions in [`crate::OpSet`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -136,10 +136,15 @@ pub(crate) enum State {
 
 /// One request from front end to device and back: the only such object.
 ///
-/// Laid out as written: what every read and write touches lies in the first three cache lines.
+/// Laid out as written, by cache lines: what the device moves; what every layer looks at, with the front end's frame; two frames a line for the
+/// layers below. A slab's I/Os lie an odd number of lines apart: were it a power of two, those in flight would compete for a few sets of the cache.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Io {
+    /// Data.
+    pub list: SgList,
+    /// Append's address, seek's offset, a key-value command's length.
+    pub result: u64,
     pub(crate) generation: u32,
     pub(crate) state: State,
     pub(crate) depth: u8,
@@ -151,16 +156,15 @@ pub struct Io {
     pub flags: IoFlags,
     /// How it ended.
     pub status: Status,
-    /// Children under way.
-    pub(crate) split_pending: u32,
+    /// Children under way: a channel has few.
+    pub(crate) split_pending: u16,
+    /// The block size, as a power of two, at which the list was seen to be as long as the range; 0: not since it was last written to. So no layer below
+    /// has to look at the list.
+    pub(crate) sized: u8,
     /// First block.
     pub lba: u64,
     /// How many blocks.
     pub blocks: u64,
-    /// Append's address, seek's offset, a key-value command's length.
-    pub result: u64,
-    /// Data.
-    pub list: SgList,
     pub(crate) frames: [Frame; FRAMES_MAX],
     /// Blocks the layer has already handed out as children.
     pub(crate) split_blocks: u64,
@@ -171,6 +175,9 @@ pub struct Io {
     /// For [`Op::NvmeIo`] and [`Op::NvmeAdmin`].
     pub command: [u8; 64],
 }
+
+const _: () = assert!(std::mem::offset_of!(Io, generation) == 64 && std::mem::offset_of!(Io, frames) == 96, "a line for each visit");
+const _: () = assert!(size_of::<Frame>() == 32 && (size_of::<Io>() / 64) % 2 == 1, "an odd number of lines");
 
 impl Io {
     fn vacant() -> Self {
@@ -184,6 +191,7 @@ impl Io {
             status: Status::SUCCESS,
             split_blocks: 0,
             split_pending: 0,
+            sized: 0,
             lba: 0,
             blocks: 0,
             result: 0,
@@ -290,6 +298,7 @@ impl Slab {
         io.flags = IoFlags::empty();
         io.status = Status::SUCCESS;
         io.result = 0;
+        io.sized = 0;
         IoId { index, generation: io.generation }
     }
 

@@ -48,9 +48,9 @@ fn bdevs_are_stacked_only_so_high_and_never_on_one_that_goes() {
         build(&format!("floor{floor}"), &format!("floor{}", floor - 1)).unwrap();
     }
     let refused = |outcome: Result<(), BdevError>| outcome.unwrap_err().to_string();
-    assert_eq!(refused(build("roof", "floor7")), "Invalid argument: base_bdev floor7: at most 7 bdevs below a bdev");
+    assert_eq!(refused(build("roof", "floor9")), "Invalid argument: base_bdev floor9: at most 9 bdevs below a bdev");
     assert_eq!(refused(build("annex", "floor3")), "Device or resource busy: bdev floor3 is claimed by passthru");
-    assert_eq!(refused(build("annex", "floor9")), "No such device: bdev floor9");
+    assert_eq!(refused(build("annex", "floor10")), "No such device: bdev floor10");
     registry.register(Arc::new(Null::new("alone", 512, 100, None, 0))).unwrap();
     let early = Passthru::new(&registry, "early", "alone", None).unwrap();
     lifecycle::unregister(&registry, "alone", 0, Box::new(|_| {}));

@@ -25,6 +25,7 @@ impl Layer {
                 return false;
             }
             io.state = State::Submitted;
+            io.sized = slot.info.block_size.trailing_zeros() as u8;
             let frame = io.frame_mut();
             (frame.channel, frame.submitted_ns) = (channel, self.now_ns);
         }
@@ -41,19 +42,26 @@ impl Layer {
     /// Passing down as [`all_plain`](Self::all_plain) submits: frames are pushed in the same pass. False: nothing has changed.
     #[inline]
     pub(super) fn all_pass(&mut self, below: ChannelId, queue: QueueId, tag: u64, shift: u64, batch: &[IoId]) -> bool {
-        let Some(slot) = self.slots.get_mut(below.0 as usize).and_then(Option::as_mut) else { return false };
+        let Some(slot) = self.slots.get(below.0 as usize).and_then(Option::as_ref) else { return false };
         if slot.state != ChannelState::Open || !slot.waiting.is_empty() || !slot.gate.ranges.is_empty() || slot.room() < batch.len() {
             return false;
         }
         if slot.limits.is_some() {
             return false;
         }
-        let submitted_ns = self.now_ns;
+        let above = match self.queues[queue.0 as usize].owner {
+            Owner::Channel(above) => self.slot(above),
+            _ => None,
+        };
+        // What is plain above is then plain below; an I/O that somebody wrote to since is looked at all the same.
+        let covers = above.is_some_and(|above| check::covers(&slot.info, &above.info, shift));
+        let sized = if covers { slot.info.block_size.trailing_zeros() as u8 } else { u8::MAX };
+        let (submitted_ns, info) = (self.now_ns, &slot.info);
         for (position, id) in batch.iter().enumerate() {
             let io = self.ios.get_mut(*id);
             let lba = io.lba;
             io.lba = lba.wrapping_add(shift);
-            if io.state != State::Submitted || !check::is_plain(&slot.info, io) {
+            if io.state != State::Submitted || (io.sized != sized && !check::is_plain(info, io)) {
                 io.lba = lba;
                 lift(&mut self.ios, &batch[..position]);
                 return false;
@@ -61,7 +69,9 @@ impl Layer {
             io.frames[usize::from(io.depth)] = Frame { queue, channel: below, tag, lba, submitted_ns };
             io.depth += 1;
         }
-        slot.inflight += batch.len() as u32;
+        if let Some(slot) = &mut self.slots[below.0 as usize] {
+            slot.inflight += batch.len() as u32;
+        }
         true
     }
 
@@ -99,9 +109,9 @@ impl Layer {
             run.book(&mut slot.stats, io.op, io.blocks << shift, now_ns.saturating_sub(frame.submitted_ns), io.status);
             io.lba = io.frames[depth].lba;
             io.depth = depth as u8;
-            place.entries.push(*id);
             done += 1;
         }
+        place.entries.extend_from_slice(&batch[..done]);
         run.end(&mut slot.stats);
         slot.inflight -= done as u32;
         match &place.owner {
@@ -150,9 +160,9 @@ impl Layer {
             if let Some(counting) = &mut slot.histogram {
                 counting.histogram.book(io.op, elapsed_ns);
             }
-            place.entries.push(*id);
             done += 1;
         }
+        place.entries.extend_from_slice(&batch[..done]);
         run.end(&mut slot.stats);
         slot.inflight -= done as u32;
         match &place.owner {

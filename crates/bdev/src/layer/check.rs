@@ -32,9 +32,21 @@ pub(super) fn is_plain(info: &Info, io: &Io) -> bool {
         && io.blocks <= info.num_blocks - io.lba
         && fits(info, io)
         && info.zoned.as_ref().is_none_or(|zoned| zoned.holds(io.lba, io.blocks))
-        && io.list_bytes() == io.blocks << info.block_size.trailing_zeros()
+        && (u32::from(io.sized) == info.block_size.trailing_zeros() || io.list_bytes() == io.blocks << info.block_size.trailing_zeros())
         && (info.metadata_bytes == 0 || metadata_fits(info, io))
         && (!writes || info.write_unit_blocks == 1)
+}
+
+/// Whether every I/O that [`is_plain`] for `above` is so for `below`, `shift` blocks further on.
+#[inline]
+pub(super) fn covers(below: &Info, above: &Info, shift: u64) -> bool {
+    let unlimited = below.max_io_blocks == 0 && below.max_segments == 0 && !below.split_on_boundary && below.zoned.is_none();
+    unlimited
+        && below.block_size == above.block_size
+        && shift.checked_add(above.num_blocks).is_some_and(|end| end <= below.num_blocks)
+        && (above.readonly || !below.readonly)
+        && below.write_unit_blocks == 1
+        && (below.metadata_bytes == 0 || below.metadata_bytes == above.metadata_bytes)
 }
 
 #[inline]
@@ -172,3 +184,7 @@ fn in_units(info: &Info, io: &Io) -> bool {
     let unit = u64::from(info.write_unit_blocks);
     io.lba.is_multiple_of(unit) && io.blocks.is_multiple_of(unit)
 }
+
+#[cfg(test)]
+#[path = "check_tests.rs"]
+mod tests;

@@ -201,7 +201,7 @@ impl Layer {
         job.busy = true;
         let io = self.ios.get_mut(helper);
         (io.op, io.lba, io.blocks, io.list, io.flags) = (op, lba, blocks, list, flags | IoFlags::CHILD);
-        (io.status, io.state) = (Status::SUCCESS, State::Submitted);
+        (io.status, io.state, io.sized) = (Status::SUCCESS, State::Submitted, 0);
         io.push(queue, job.parent.pack());
         let frame = io.frame_mut();
         (frame.channel, frame.submitted_ns) = (channel, now_ns);

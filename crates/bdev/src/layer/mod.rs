@@ -296,7 +296,9 @@ impl Layer {
     /// An I/O by name, to be filled in or worked on.
     #[inline]
     pub fn io_mut(&mut self, id: IoId) -> &mut Io {
-        self.ios.get_mut(id)
+        let io = self.ios.get_mut(id);
+        io.sized = 0;
+        io
     }
 
     /// Whether the name still means the same I/O.

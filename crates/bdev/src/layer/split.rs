@@ -73,7 +73,7 @@ impl Layer {
         if let Some(metadata) = metadata {
             io.metadata = metadata;
         }
-        (io.status, io.state) = (Status::SUCCESS, State::Submitted);
+        (io.status, io.state, io.sized) = (Status::SUCCESS, State::Submitted, 0);
         io.push(queue, parent.pack());
         let frame = io.frame_mut();
         (frame.channel, frame.submitted_ns) = (channel, now_ns);

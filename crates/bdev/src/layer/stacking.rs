@@ -130,6 +130,6 @@ impl Layer {
         let io = self.ios.get_mut(child);
         (io.op, io.flags, io.lba, io.blocks, io.source_lba, io.command) =
             (op, flags - IoFlags::SPLIT - IoFlags::CHILD, lba, blocks, source_lba, command);
-        (io.list, io.metadata) = (list, metadata);
+        (io.list, io.metadata, io.sized) = (list, metadata, 0);
     }
 }
