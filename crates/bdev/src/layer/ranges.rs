@@ -44,7 +44,8 @@ impl Layer {
 
     /// The lock is over: what it kept out is judged anew.
     pub(crate) fn let_in(&mut self, device: DeviceId, range: u64) {
-        self.ranges.retain(|(_, other)| other.id != range);
+        // Each device counts its own: another one's lock may have the same number.
+        self.ranges.retain(|(of, other)| *of != device || other.id != range);
         for channel in self.channels_of(device) {
             let Some(slot) = &mut self.slots[channel.0 as usize] else { continue };
             slot.gate.ranges.retain(|other| other.id != range);
