@@ -42,6 +42,24 @@ async def test_a_method_of_another_state_is_told_from_an_unknown_one(
     assert err.endswith(f"\n  end its start-up phase: qpair rpc -r {socket_path} framework_start_init\n")
 
 
+async def test_what_exists_or_is_in_use_is_said_once_and_where_to_look(shell: Shell) -> None:
+    await shell.rpc("bdev_null_create", name="n0", num_blocks=8, block_size=512)
+    code, out, err = await shell("rpc", "bdev_null_create", "--name", "n0", "--num-blocks", "8", "--block-size", "512")
+    assert (code, out) == (1, "")
+    assert err == f"qpair rpc: bdev_null_create: File exists: bdev n0 (code -17)\n  what there is: qpair ls -r {shell.path}\n"
+    await shell.rpc("bdev_passthru_create", name="p0", base_bdev_name="n0")
+    code, _, err = await shell("rpc", "bdev_passthru_create", "--name", "p1", "--base-bdev-name", "n0")
+    assert code == 1
+    assert "claimed by passthru" in err
+    assert err.endswith(f"(code -16)\n  who uses it: qpair ls -r {shell.path}\n")
+
+
+async def test_qpair_alone_prints_its_help(client: Any, qpair_command: list[str]) -> None:
+    code, out, err = await client(*qpair_command)
+    assert (code, err) == (2, "")
+    assert out.startswith("Usage: qpair ")
+
+
 async def test_rpc_prints_json_alone_where_asked(shell: Shell) -> None:
     assert (await shell("rpc", "bdev_malloc_create", "--name", "a", "--num-blocks", "8", "--block-size", "512"))[1] == "a\n"
     code, out, _ = await shell("rpc", "--json", "bdev_malloc_create", "--name", "b", "--num-blocks", "8", "--block-size", "512")

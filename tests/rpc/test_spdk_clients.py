@@ -163,6 +163,11 @@ async def test_threads_notifications_keys_and_the_scheduler_answer_spdk_rpc(spdk
     assert [found["path"] for found in await ok(spdk_rpc, "keyring_get_keys")] == [str(key)]
     await ok(spdk_rpc, "keyring_file_remove_key", "k1")
     assert (await ok(spdk_rpc, "accel_get_opc_assignments"))["copy"] == "software"
+    (module,) = await ok(spdk_rpc, "accel_get_module_info")
+    assert (module["module"], "crc32c" in module["supported ops"]) == ("software", True)
+    counted = await ok(spdk_rpc, "accel_get_stats")
+    assert (counted.pop("operations"), set(counted.values())) == ([], {0})
+    assert await ok(spdk_rpc, "iobuf_get_stats") == []
 
 
 async def test_spdk_rpc_sends_a_batch_of_commands_as_one_request(spdk_rpc: Any) -> None:

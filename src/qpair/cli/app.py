@@ -318,8 +318,10 @@ def _run(arguments: list[str]) -> int:
         if told is None:
             raise
         code = int(getattr(error, "exit_code", USAGE))
-        if not told():
-            return code  # help was asked for by giving nothing, and is printed
+        if not told() or type(error).__name__ == "NoArgsIsHelpError":
+            if told():
+                print(told())
+            return code  # help was asked for by giving nothing
         known = [name for info in app.registered_commands if (name := info.name)]
         hints = [f"its options: qpair {command} --help"] if command in known else _command_hints(command, known)
         if "id you mean" in told():

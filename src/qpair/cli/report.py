@@ -80,6 +80,10 @@ def explain(error: QpairError, *, address: str | None = None, method: str | None
         explained.hints = [f"its parameters: qpair rpc {method} --help"]
     elif error.code == NOT_IN_THIS_STATE and "framework_start_init" in explained.message:
         explained.hints = [f"end its start-up phase: qpair rpc{_flag(address)} framework_start_init"]
+    elif error.code == -errno.EEXIST and method is not None:
+        explained.hints = [f"what there is: qpair ls{_flag(address)}"]
+    elif error.code == -errno.EBUSY and method is not None:
+        explained.hints = [f"who uses it: qpair ls{_flag(address)}"]
     elif error.code in (-errno.ENODEV, -errno.ENOENT):
         explained.hints = bdev_hints(address, [value for value in (params or {}).values() if isinstance(value, str)])
     return explained

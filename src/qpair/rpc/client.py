@@ -23,7 +23,9 @@ class RpcError(QpairError):
     """The server answered with an error. ``data`` says why, where it did."""
 
     def __init__(self, code: int, message: str, data: str | None = None) -> None:
-        super().__init__(f"{message}: {data}" if data else message, errno=-code if -4096 < code < 0 else 5)
+        # what says why often begins by saying what
+        said = message if not data else data if data.startswith(f"{message}: ") else f"{message}: {data}"
+        super().__init__(said, errno=-code if -4096 < code < 0 else 5)
         self._code = code
         self.data = data
 
