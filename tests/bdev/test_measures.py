@@ -50,9 +50,9 @@ async def test_limits_are_rounded_and_shown_as_spdk_does(stack: Any) -> None:
 
 async def test_a_limit_of_nothing_is_refused_as_spdk_does(stack: Any) -> None:
     await stack.malloc("m0", "1MiB")
-    with pytest.raises(InvalidArgument, match="No rate limits specified") as refused:
+    with pytest.raises(InvalidArgument, match="no rate limits specified") as refused:
         await stack.rpc("bdev_set_qos_limit", name="m0")
-    assert refused.value.code == -22
+    assert (refused.value.code, refused.value.text) == (-22, "No rate limits specified")
     with pytest.raises(NoSuchBdev):
         await stack.rpc("bdev_set_qos_limit", name="m1", rw_ios_per_sec=1000)
 

@@ -3,8 +3,8 @@
 How it works: the engine does it per reactor without locks; here are names, units and SPDK's shapes. In Python, by ``stack.bdevs.measures``, limits are exact and in bytes;
 SPDK's methods take megabytes and round up, I/Os to thousands. Ticks are nanoseconds.
 
-A limit holds for a bdev on all reactors together. I/O beyond it waits in its order; reads and writes count, as do zcopy and NVMe commands that move data. A group is a limit that
-several bdevs share, beside their own; a bdev is in one group at most, and leaves it when it goes.
+A limit holds for a bdev on all reactors together. I/O beyond it waits; reads and writes count, as do zcopy and NVMe commands that move data. Each kind waits for its own rates alone: reads
+pass writes that wait, and the other way round. A group is a limit that several bdevs share, beside their own; a bdev is in one group at most, and leaves it when it goes.
 
 Errors: `NoSuchBdev`; `NoSuchFile` for a group that is not there; `AlreadyExists`; `Busy` for a bdev that is in another group; `InvalidArgument` by field, value and limit.
 
@@ -55,6 +55,12 @@ class HistogramDisabled(QpairError):
     errno_default = EFAULT
     rpc_code = -32603
     rpc_text = "Bad address"
+
+
+class NoRates(InvalidArgument):
+    """EINVAL: bdev_set_qos_limit without a limit. As SPDK, -22 and "No rate limits specified"."""
+
+    rpc_text = "No rate limits specified"
 
 
 class QosGroup(msgspec.Struct, frozen=True):
@@ -310,7 +316,7 @@ async def bdev_set_qos_limit(stack: Stack, params: SetQosLimit) -> bool:
     # SPDK's own mark of what is not given.
     ios, *megabytes = (None if value == U64_MAX else value for value in given)
     if ios is None and all(value is None for value in megabytes):
-        raise InvalidArgument("No rate limits specified")
+        raise NoRates("no rate limits specified: rw_ios_per_sec, rw_mbytes_per_sec, r_mbytes_per_sec or w_mbytes_per_sec is needed")
     steps = None if ios is None else -(-ios // IOS_STEP) * IOS_STEP
     sizes = [None if value is None else min(value, U64_MAX // MIB) * MIB for value in megabytes]
     await stack.bdevs.call("bdev_set_limits", name, (steps if steps is None else min(steps, U64_MAX), *sizes))
