@@ -391,9 +391,12 @@ impl Raids {
         let (array, slot, phase) = found.ok_or_else(|| BdevError::NoSuchBdev(format!("{base} is no base bdev")))?;
         if phase != Phase::Online {
             let _turn = array.turn.take(worker).await;
-            unseat(&array, slot);
-            self.sweep();
-            return Ok(());
+            // It may have come online while this task waited for its turn.
+            if lock(&array.state).phase != Phase::Online {
+                unseat(&array, slot);
+                self.sweep();
+                return Ok(());
+            }
         }
         if array.level == Level::RAID1 {
             let refused = array.leave(worker, Mask::of(slot), BaseState::MISSING, None).await;
