@@ -1,46 +1,30 @@
 //! Files in the simulator: short transfers, a full driver, errors, unaligned memory; and what a power cut leaves.
 
-mod common {
-    pub mod client;
-}
-
 use std::sync::{Arc, Mutex};
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
-use qpair_bdev::{Device, FileBdev, IoFlags, IoId, Layer, Op, QueueId, Registry, Status, lifecycle};
+use qpair_bdev::{Device, FileBdev, IoFlags, IoId, Layer, Op, QueueId, Registry, Status};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::driver::FileRef;
 use qpair_reactor::sim::{self, Disk, Faults, Rng, World};
 use qpair_reactor::{LocalWaker, Poller, Reactor};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, check_slabs, remove};
+
+/// Blocks of each client.
+const OWN: u64 = 6 * CELL_BLOCKS;
 
 fn number(file: &FileRef) -> u32 {
     let FileRef::Simulated(number) = file else { panic!("a real file") };
     *number
 }
 
-fn unregister(world: &mut World, registry: &Arc<Registry>) {
-    let ledger = world.obligations().clone();
-    let id = ledger.open_next();
-    lifecycle::unregister(
-        registry,
-        "disk",
-        0,
-        Box::new(move |outcome| {
-            outcome.unwrap();
-            ledger.close(id);
-        }),
-    );
-    world.finish();
-}
-
 fn scenario(name: &str, seeds: u64, allowed: Allowed, error: u64) {
     sim::run_seeds(name, seeds, |seed| {
         let mut world = World::new(seed, 1 + (seed % 3) as usize);
         let count = world.reactors() as u64;
-        let file = world.disk().create(count * 6 * CELL_BLOCKS * 512);
+        let file = world.disk().create(count * OWN * 512);
         let depth = *world.rng().pick(&[1, 2, 5, 1024]);
         world.set_faults(Faults { short: 200, error, depth, ..Faults::default() });
-        let blocks = count * 6 * CELL_BLOCKS;
+        let blocks = count * OWN;
         let alignment = *world.rng().pick(&[0, 4, 512]);
         let bdev = match alignment {
             0 => FileBdev::simulated("disk", number(&file), 512, blocks, seed % 2 == 0),
@@ -50,18 +34,12 @@ fn scenario(name: &str, seeds: u64, allowed: Allowed, error: u64) {
         let registry = Registry::new(world.handles());
         registry.register(bdev.clone()).unwrap();
         let info = bdev.info();
-        let mut memories = Vec::new();
-        for reactor in 0..count {
-            let own: Vec<u64> = (reactor * 6..reactor * 6 + 6).collect();
-            memories.push(Client::start(&mut world, reactor as usize, &registry, &info, allowed, &own, 50));
-        }
+        let mut crew = Crew::new(&mut world, 1..=1, OWN, Fills::only(0));
+        crew.start(&mut world, &registry, &Load { bdev: "disk".to_owned(), info: info, allowed, ios: 0 }, 50..=50);
         world.finish();
-        unregister(&mut world, &registry);
-        for reactor in 0..count as usize {
-            let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-            assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-        }
-        assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+        remove(&mut world, &registry, "disk");
+        check_slabs(&mut world);
+        crew.check_end();
         drop(registry);
         assert_eq!(Arc::strong_count(&bdev), 1, "the device is still held");
     });
@@ -74,7 +52,7 @@ fn short_transfers_and_a_full_driver_are_not_seen_above() {
 
 #[test]
 fn a_failing_file_fails_each_io_once() {
-    scenario("file errors", 300, Allowed { errors: true, aborts: true, churn: true, resets: true, ..Allowed::default() }, 50);
+    scenario("file errors", 300, Allowed { frays: true, errors: true, aborts: true, churn: true, resets: true, ..Allowed::default() }, 50);
 }
 
 /// What each block may hold: the versions written, and up to which of them the disk must keep.
@@ -280,7 +258,7 @@ fn a_file_that_vanishes_fails_what_is_under_way_and_after() {
         world.finish();
         assert_eq!(*ended.lock().unwrap(), [status; 4]);
         world.with(0, |reactor| Layer::of(reactor).borrow_mut().close_channel(reactor, channel));
-        unregister(&mut world, &registry);
+        remove(&mut world, &registry, "disk");
     }
 }
 

@@ -1,23 +1,18 @@
 //! A filter in the simulator: what is shown and what is not, by an interest that changes under load, with a consumer that is slow, fails, answers and goes.
 
-mod common {
-    mod base;
-    pub mod client;
-    pub use base::*;
-}
-
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
-use common::{Plan, SimDevice};
 use qpair_bdev::python::{ANSWERED, FilterBdev, Interest, Ring, Stage, Work};
-use qpair_bdev::{BdevError, Device, Info, Layer, Op, OpSet, Registry, lifecycle};
+use qpair_bdev::{Device, Info, Op, OpSet, Registry};
 use qpair_memory::Region;
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{self, Act, Rng, World};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, Plan, SimDisk, check_slabs, remove};
 
+/// Blocks of each client.
+const OWN: u64 = 6 * CELL_BLOCKS;
 const OPS: [Op; 5] = [Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes];
 
 fn some(rng: &mut Rng) -> Vec<Op> {
@@ -56,11 +51,11 @@ fn scenario(name: &str, seeds: u64, manner: Manner, allowed: Allowed) {
     sim::run_seeds(name, seeds, |seed| {
         let mut world = World::new(seed, 1 + (seed % 3) as usize);
         let count = world.reactors() as u64;
-        let blocks = count * 6 * CELL_BLOCKS;
+        let blocks = count * OWN;
         let mut info = Info::new("base", "sim", 512, blocks);
         info.supported = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::Reset]);
         let plan = Plan { delay_ns: 30_000, error: if allowed.errors { 20 } else { 0 }, ..Plan::default() };
-        let base = SimDevice::new(info, plan);
+        let base = SimDisk::new(info, plan);
         let registry = Registry::new(world.handles());
         registry.register(base.clone()).unwrap();
         let bell = Event::simulated();
@@ -70,11 +65,9 @@ fn scenario(name: &str, seeds: u64, manner: Manner, allowed: Allowed) {
         let (filter, ring) =
             FilterBdev::new(&registry, "disk", "base", None, depth, max_io, first, Box::new(move || told.notify())).unwrap();
         registry.register(filter.clone()).unwrap();
-        let mut memories = Vec::new();
-        for reactor in 0..count {
-            let own: Vec<u64> = (reactor * 6..reactor * 6 + 6).collect();
-            memories.push(Client::start(&mut world, reactor as usize, &registry, &filter.info(), allowed, &own, 50));
-        }
+        let content = if manner.alters { Fills::ANY } else { Fills::only(0) };
+        let mut crew = Crew::new(&mut world, 1..=1, OWN, content);
+        crew.start(&mut world, &registry, &Load { bdev: "disk".to_owned(), info: filter.info(), allowed, ios: 0 }, 50..=50);
         let (seen, served) = (Arc::new(AtomicU64::new(0)), ring.clone());
         let (counted, changing) = (seen.clone(), Mutex::new(Arc::downgrade(&filter)));
         let mut held: VecDeque<Work> = VecDeque::new();
@@ -118,26 +111,16 @@ fn scenario(name: &str, seeds: u64, manner: Manner, allowed: Allowed) {
         }
         world.finish();
         assert_eq!(ring.free_slots(), depth as usize, "slots leaked");
-        assert!(base.shared.broken.lock().unwrap().is_empty(), "{:?}", base.shared.broken.lock().unwrap());
         if manner.alters {
             assert!(seen.load(Ordering::Relaxed) > 0);
         }
         drop(filter);
         for name in ["disk", "base"] {
-            let ledger = world.obligations().clone();
-            let id = ledger.open_next();
-            let removed = Box::new(move |outcome: Result<(), BdevError>| {
-                outcome.unwrap();
-                ledger.close(id);
-            });
-            lifecycle::unregister(&registry, name, 0, removed);
-            world.finish();
+            remove(&mut world, &registry, name);
         }
-        for reactor in 0..count as usize {
-            let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-            assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-        }
-        assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+        base.check_end();
+        check_slabs(&mut world);
+        crew.check_end();
         drop(registry);
         assert!(ring.is_closed());
     });

@@ -423,9 +423,14 @@ fn the_place_of_one_that_was_aborted_is_for_others() {
             let mut reaped = Vec::new();
             layer.reap(reactor, queue, &mut reaped);
             assert_eq!(reaped.iter().map(|id| layer.finish(*id)).collect::<Vec<_>>(), [(tag, Status::ABORT_REQUESTED)]);
-            layer.close_channel(reactor, channel);
             layer.remove_queue(queue);
             reactor.install_poller(poller, Box::new(Nothing));
+            // Its channel stays: it is not the end of that which gives the place back.
+            reactor.after(700 * MS, move |reactor| {
+                let layer = Layer::of(reactor);
+                layer.borrow_mut().close_channel(reactor, channel);
+                drop(descriptor);
+            });
         });
         ledger.close(tag);
         Front::start_some(&mut world, 0, &registry, &[wish(Op::Write, 1, 1)], (u64::MAX, 1), false);
@@ -433,6 +438,33 @@ fn the_place_of_one_that_was_aborted_is_for_others() {
         let third = seen.last().unwrap();
         assert_eq!(third.blocks, 1);
         assert!((400 * MS..520 * MS).contains(&third.waited_ns()), "{third:?} waited {} ns", third.waited_ns());
+    });
+}
+
+/// Stops its reactor for a while, again and again, as a machine does that takes a processor away.
+#[test]
+fn a_front_end_with_few_in_hand_loses_nothing_when_its_reactor_was_away() {
+    sim::run_seeds("away", 20, |seed| {
+        let (rate, reactors) = (8000u64, 1 + (seed % 2) as usize);
+        let (mut world, registry, seen) = limited(seed, reactors, (0, 0, 0), [Some(rate), None, None, None]);
+        let begun_ns = world.now_ns();
+        let until_ns = begun_ns + 300 * MS;
+        for reactor in 0..reactors {
+            Front::start(&mut world, reactor, &registry, &[wish(Op::Read, 4, 4), wish(Op::Write, 4, 4)], until_ns, false);
+        }
+        // So many others have their turns in a burst that the reactors come late by some ten milliseconds, and then by none.
+        for _ in 0..2000 {
+            world.add_actor(move |now_ns: u64, _: &mut Rng| match now_ns {
+                _ if now_ns >= until_ns => Act::Done,
+                _ if (now_ns - begun_ns) % (60 * MS) < 10 * MS => Act::Again,
+                _ => Act::Until(begun_ns + ((now_ns - begun_ns) / (60 * MS) + 1) * 60 * MS),
+            });
+        }
+        let seen = finish(world, &registry, &seen);
+        let last_ns = seen.iter().filter(|one| one.at_ns < until_ns).map(|one| one.at_ns).max().unwrap();
+        let done = seen.iter().filter(|one| one.at_ns <= last_ns).count() as f64;
+        let range = allowed(rate as f64, last_ns - begun_ns, reactors, 1.0);
+        assert!(range.contains(&done), "{done} of {range:?}");
     });
 }
 

@@ -1,23 +1,18 @@
 //! The layer and its jobs under random schedules: every I/O and every reply exactly once, data as written, nothing leaked.
 
-mod common {
-    mod base;
-    pub mod client;
-    pub use base::*;
-}
-
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
-use common::{Plan, SimDevice, quiet_panics};
 use qpair_bdev::measures;
 use qpair_bdev::stats::Reset;
-use qpair_bdev::{BdevError, Info, Layer, Op, OpSet, Registry, lifecycle};
+use qpair_bdev::{BdevError, Info, Op, OpSet, Registry, lifecycle};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, Plan, SimDisk, check_slabs, quiet_panics, remove};
 
-fn random_info(rng: &mut Rng, cells: u64) -> Info {
-    let mut info = Info::new("disk", "sim", 512, cells * CELL_BLOCKS);
+/// Blocks of each client.
+const OWN: u64 = 3 * CELL_BLOCKS;
+
+fn random_info(rng: &mut Rng, blocks: u64) -> Info {
+    let mut info = Info::new("disk", "sim", 512, blocks);
     info.queue_depth = *rng.pick(&[0, 1, 3, 16]);
     info.max_io_blocks = *rng.pick(&[0, 0, 1, 3, 8]);
     info.max_segments = *rng.pick(&[0, 0, 1, 2, 4]);
@@ -34,7 +29,7 @@ fn random_info(rng: &mut Rng, cells: u64) -> Info {
 /// Resizes, removes and asks for statistics, also several at once.
 fn control(
     registry: Arc<Registry>,
-    device: Arc<SimDevice>,
+    device: Arc<SimDisk>,
     allowed: Allowed,
     ledger: Obligations,
     mut left: u32,
@@ -65,7 +60,7 @@ fn control(
                 let reply = move |outcome: Result<(), BdevError>| {
                     match outcome {
                         Ok(()) => {
-                            assert_eq!(module.shared.inflight.load(Ordering::SeqCst), 0, "gone with I/O in flight");
+                            assert_eq!(module.inflight(), 0, "gone with I/O in flight");
                             again.register(module).unwrap();
                         }
                         Err(error) => assert!(matches!(error, BdevError::NoSuchBdev(_) | BdevError::Removing(_)), "{error}"),
@@ -85,47 +80,23 @@ fn control(
 
 fn run(world: &mut World, plan: Plan, allowed: Allowed) {
     quiet_panics();
-    let count = world.reactors();
-    let cells = count as u64 * 6;
-    let info = random_info(world.rng(), cells);
+    let blocks = Crew::blocks(world, 2, OWN);
+    let info = random_info(world.rng(), blocks);
     let registry = Registry::new(world.handles());
-    let device = SimDevice::new(info.clone(), plan);
+    let device = SimDisk::new(info.clone(), plan);
     registry.register(device.clone()).unwrap();
-    let mut memories = Vec::new();
-    for reactor in 0..count {
-        for client in 0..world.rng().between(1, 2) {
-            let own: Vec<u64> = (0..3).map(|cell| reactor as u64 * 6 + client * 3 + cell).collect();
-            let ios = world.rng().between(10, 40) as u32;
-            memories.push(Client::start(world, reactor, &registry, &info, allowed, &own, ios));
-        }
-    }
+    let mut crew = Crew::new(world, 1..=2, OWN, Fills::only(0));
+    crew.start(world, &registry, &Load { bdev: "disk".to_owned(), info, allowed, ios: 0 }, 10..=40);
     let controls = usize::from(allowed.resize || allowed.removal);
     if controls > 0 {
         let ledger = world.obligations().clone();
         world.add_actor(control(registry.clone(), device.clone(), allowed, ledger, 8));
     }
     world.finish();
-    let ledger = world.obligations().clone();
-    let id = ledger.open_next();
-    lifecycle::unregister(
-        &registry,
-        "disk",
-        0,
-        Box::new(move |outcome| {
-            outcome.unwrap();
-            ledger.close(id);
-        }),
-    );
-    world.finish();
-    let broken = device.shared.broken.lock().unwrap().clone();
-    assert!(broken.is_empty(), "{broken:?}");
-    assert_eq!(device.shared.channels.load(Ordering::SeqCst), 0, "channels leaked");
-    assert_eq!(device.shared.inflight.load(Ordering::SeqCst), 0);
-    for reactor in 0..count {
-        let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-        assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-    }
-    assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+    remove(world, &registry, "disk");
+    device.check_end();
+    check_slabs(world);
+    crew.check_end();
     drop(registry);
     assert_eq!(Arc::strong_count(&device), 1 + controls, "the device is still held");
 }

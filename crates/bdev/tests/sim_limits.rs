@@ -1,18 +1,9 @@
 //! Limits under random schedules: never above the rate, never below it while somebody wants more, on however many reactors; and whatever
 //! happens to I/O that waits for its turn, it ends once.
 
-mod common {
-    mod base;
-    pub mod client;
-    pub use base::*;
-}
-
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
-use common::{Plan, SimDevice, quiet_panics};
 use qpair_bdev::histogram::{GRANULARITY, Shape};
 use qpair_bdev::limit::{BURST_NS, Rates, SLICE_NS};
 use qpair_bdev::passthru::Passthru;
@@ -23,9 +14,12 @@ use qpair_bdev::{
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
 use qpair_reactor::{Poller, Reactor};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Plan, SimDisk, check_slabs, quiet_panics, remove};
 
 const MS: u64 = 1_000_000;
 const BLOCKS_MAX: u64 = 64;
+/// Blocks of each client that does anything.
+const OWN: u64 = 3 * CELL_BLOCKS;
 
 /// What came to a device: when, on which reactor, and what.
 #[derive(Clone, Copy, Debug)]
@@ -211,17 +205,6 @@ fn set(world: &mut World, registry: &Arc<Registry>, name: &str, rates: [Option<u
     };
     measures::set_limits(registry, name, rates, Box::new(reply));
     world.settle();
-}
-
-fn remove(world: &mut World, registry: &Arc<Registry>, name: &str) {
-    let ledger = world.obligations().clone();
-    let id = ledger.open_next();
-    let reply = move |outcome: Result<(), BdevError>| {
-        outcome.unwrap();
-        ledger.close(id);
-    };
-    lifecycle::unregister(registry, name, 0, Box::new(reply));
-    world.finish();
 }
 
 /// What a window may hold beside what its time allows: the millisecond that is never lost, a slice for each channel, the I/O that starts last, and
@@ -444,7 +427,7 @@ fn any_rates(rng: &mut Rng) -> [Option<u64>; 4] {
 }
 
 /// Does whatever can be done to a bdev's measures, at random, and removes it now and then.
-fn meddler(registry: Arc<Registry>, device: Arc<SimDevice>, allowed: Allowed, ledger: Obligations) -> impl FnMut(u64, &mut Rng) -> Act {
+fn meddler(registry: Arc<Registry>, device: Arc<SimDisk>, allowed: Allowed, ledger: Obligations) -> impl FnMut(u64, &mut Rng) -> Act {
     let mut left = 12;
     move |now_ns, rng| {
         if left == 0 {
@@ -473,7 +456,7 @@ fn meddler(registry: Arc<Registry>, device: Arc<SimDevice>, allowed: Allowed, le
                 let (again, module) = (registry.clone(), device.clone());
                 let reply = move |outcome: Result<(), BdevError>| {
                     if outcome.is_ok() {
-                        assert_eq!(module.shared.inflight.load(Ordering::SeqCst), 0, "gone with I/O in flight");
+                        assert_eq!(module.inflight(), 0, "gone with I/O in flight");
                         again.register(module).unwrap();
                     }
                     reply(outcome);
@@ -491,36 +474,24 @@ fn meddler(registry: Arc<Registry>, device: Arc<SimDevice>, allowed: Allowed, le
 
 fn meddle(world: &mut World, plan: Plan, allowed: Allowed) {
     quiet_panics();
-    let count = world.reactors();
-    let mut info = Info::new("disk", "sim", 512, count as u64 * 6 * CELL_BLOCKS);
+    let mut info = Info::new("disk", "sim", 512, Crew::blocks(world, 2, OWN));
     info.queue_depth = *world.rng().pick(&[0, 1, 3]);
     info.max_io_blocks = *world.rng().pick(&[0, 1, 8]);
     info.write_cache = true;
     info.supported = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Reset, Op::WriteZeroes, Op::Unmap]);
     let registry = Registry::new(world.handles());
-    let device = SimDevice::new(info.clone(), plan);
+    let device = SimDisk::new(info.clone(), plan);
     registry.register(device.clone()).unwrap();
     measures::create_group(&registry, "group", Rates { rw_bytes: 5_000_000, ..Rates::default() }).unwrap();
-    let mut memories = Vec::new();
-    for reactor in 0..count {
-        for client in 0..world.rng().between(1, 2) {
-            let own: Vec<u64> = (0..3).map(|cell| reactor as u64 * 6 + client * 3 + cell).collect();
-            let ios = world.rng().between(10, 40) as u32;
-            memories.push(Client::start(world, reactor, &registry, &info, allowed, &own, ios));
-        }
-    }
+    let mut crew = Crew::new(world, 1..=2, OWN, Fills::only(0));
+    crew.start(world, &registry, &qpair_simkit::Load { bdev: "disk".to_owned(), info, allowed, ios: 0 }, 10..=40);
     let ledger = world.obligations().clone();
     world.add_actor(meddler(registry.clone(), device.clone(), allowed, ledger));
     world.finish();
     remove(world, &registry, "disk");
-    let broken = device.shared.broken.lock().unwrap().clone();
-    assert!(broken.is_empty(), "{broken:?}");
-    assert_eq!(device.shared.inflight.load(Ordering::SeqCst), 0);
-    for reactor in 0..count {
-        let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-        assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-    }
-    assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+    device.check_end();
+    check_slabs(world);
+    crew.check_end();
 }
 
 #[test]
@@ -534,7 +505,7 @@ fn io_that_waits_for_its_turn_ends_once_whatever_happens() {
 
 #[test]
 fn limits_change_nothing_of_what_is_written() {
-    let allowed = Allowed { churn: true, ..Allowed::default() };
+    let allowed = Allowed { aborts: true, churn: true, ..Allowed::default() };
     sim::run_seeds("limited_data", 200, |seed| {
         let mut world = World::new(seed, 1 + (seed % 4) as usize);
         meddle(&mut world, Plan { delay_ns: 50_000, ..Plan::default() }, allowed);

@@ -1,7 +1,6 @@
 //! A bdev whose I/O somebody else does: in the simulator, and with a thread.
 
 mod common {
-    pub mod client;
     pub mod real;
 }
 
@@ -9,13 +8,16 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
 use common::real::{Rig, drivers, exerciser, one, wait};
 use qpair_bdev::python::{NotWithPython, PythonBdev, Ring, Work};
-use qpair_bdev::{Device, Layer, Op, Registry, Status, lifecycle};
+use qpair_bdev::{Device, Op, Registry, Status};
 use qpair_memory::Region;
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{self, Act, Rng, World};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, check_slabs, remove};
+
+/// Blocks of each client.
+const OWN: u64 = 6 * CELL_BLOCKS;
 
 /// Does a request on `store`.
 fn perform(ring: &Ring, work: &Work, store: &mut [u8]) {
@@ -58,7 +60,7 @@ fn scenario(name: &str, seeds: u64, allowed: Allowed, closes: bool) {
     sim::run_seeds(name, seeds, |seed| {
         let mut world = World::new(seed, 1 + (seed % 3) as usize);
         let count = world.reactors() as u64;
-        let blocks = count * 6 * CELL_BLOCKS;
+        let blocks = count * OWN;
         let depth = *world.rng().pick(&[1, 2, 7, 64]);
         let bell = Event::simulated();
         let told = bell.twin().unwrap();
@@ -67,11 +69,8 @@ fn scenario(name: &str, seeds: u64, allowed: Allowed, closes: bool) {
         let (bdev, ring) = PythonBdev::new("disk", blocks, 512, depth, max_io, None, false, on_work).unwrap();
         let registry = Registry::new(world.handles());
         registry.register(bdev.clone()).unwrap();
-        let mut memories = Vec::new();
-        for reactor in 0..count {
-            let own: Vec<u64> = (reactor * 6..reactor * 6 + 6).collect();
-            memories.push(Client::start(&mut world, reactor as usize, &registry, &bdev.info(), allowed, &own, 50));
-        }
+        let mut crew = Crew::new(&mut world, 1..=1, OWN, Fills::only(0));
+        crew.start(&mut world, &registry, &Load { bdev: "disk".to_owned(), info: bdev.info(), allowed, ios: 0 }, 50..=50);
         world.add_actor(python(ring.clone(), bell, blocks, allowed.errors));
         if closes {
             let steps = world.rng().below(2000);
@@ -80,23 +79,9 @@ fn scenario(name: &str, seeds: u64, allowed: Allowed, closes: bool) {
         }
         world.finish();
         assert_eq!(ring.free_slots(), depth as usize, "slots leaked");
-        let ledger = world.obligations().clone();
-        let id = ledger.open_next();
-        lifecycle::unregister(
-            &registry,
-            "disk",
-            0,
-            Box::new(move |outcome| {
-                outcome.unwrap();
-                ledger.close(id);
-            }),
-        );
-        world.finish();
-        for reactor in 0..count as usize {
-            let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-            assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-        }
-        assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+        remove(&mut world, &registry, "disk");
+        check_slabs(&mut world);
+        crew.check_end();
         drop((registry, bdev));
         assert!(ring.is_closed());
     });

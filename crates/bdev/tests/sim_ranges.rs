@@ -1,24 +1,20 @@
 //! Range locks and compare-and-write under random schedules: nobody else is in a range that is had, every lock is answered,
 //! and a counter that several reactors count up by compare-and-write loses nothing.
 
-mod common {
-    mod base;
-    pub mod client;
-    pub use base::*;
-}
-
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
-use common::{Plan, SimDevice, quiet_panics};
 use qpair_bdev::ranges::{self, Keep, RangeLock};
 use qpair_bdev::{ChannelId, Descriptor, Info, IoId, Layer, Op, OpSet, QueueId, Registry, Status, lifecycle};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
 use qpair_reactor::{LocalWaker, Poller, Reactor};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, Plan, SimDisk, check_slabs, quiet_panics, remove};
+
+/// Blocks of each client.
+const OWN: u64 = 3 * CELL_BLOCKS;
 
 fn random_info(rng: &mut Rng, blocks: u64) -> Info {
     let mut info = Info::new("disk", "sim", 512, blocks);
@@ -157,7 +153,7 @@ fn counters(name: &str, seeds: u64, aborts: bool, plan: Plan) {
         let mut world = World::new(seed, 1 + (seed % 4) as usize);
         let info = random_info(world.rng(), 64);
         let registry = Registry::new(world.handles());
-        let device = SimDevice::new(info, plan);
+        let device = SimDisk::new(info, plan);
         registry.register(device.clone()).unwrap();
         let totals: [Arc<AtomicU64>; 2] = Default::default();
         let lba = world.rng().below(64);
@@ -168,16 +164,12 @@ fn counters(name: &str, seeds: u64, aborts: bool, plan: Plan) {
         }
         world.finish();
         let at = lba as usize * 512;
-        let bytes: [u8; 8] = device.shared.bytes.lock().unwrap()[at..at + 8].try_into().unwrap();
+        let bytes: [u8; 8] = device.bytes()[at..at + 8].try_into().unwrap();
         let [counted, doubtful] = totals.map(|total| total.load(Ordering::SeqCst));
         let found = u64::from_le_bytes(bytes);
         assert!((counted..=counted + doubtful).contains(&found), "{found} on the disk, {counted} counted, {doubtful} in doubt");
-        lifecycle::unregister(&registry, "disk", 0, Box::new(|_| {}));
-        world.finish();
-        for reactor in 0..world.reactors() {
-            let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-            assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-        }
+        remove(&mut world, &registry, "disk");
+        check_slabs(&mut world);
     });
 }
 
@@ -195,13 +187,13 @@ fn counting_with_aborts_is_wrong_by_those_in_doubt_at_most() {
 type Had = (RangeLock, u64, u64, Keep, u64);
 
 /// Locks ranges for a while, several at a time, and looks whether anybody is in them.
-fn locker(registry: Arc<Registry>, device: Arc<SimDevice>, ledger: Obligations, mut left: u32) -> impl FnMut(u64, &mut Rng) -> Act {
+fn locker(registry: Arc<Registry>, device: Arc<SimDisk>, ledger: Obligations, mut left: u32) -> impl FnMut(u64, &mut Rng) -> Act {
     let had: Arc<Mutex<Vec<Had>>> = Arc::default();
     let unanswered = Arc::new(());
     move |now_ns, rng| {
         let mut mine = had.lock().unwrap();
         for (_, lba, blocks, keep, _) in mine.iter() {
-            let inside = device.shared.inside(*lba, *blocks, *keep == Keep::Everything);
+            let inside = device.inside(*lba, *blocks, *keep == Keep::Everything);
             assert!(inside.is_empty(), "{inside:?} in {lba}+{blocks}, which is had against {keep:?}");
         }
         for at in (0..mine.len()).rev().collect::<Vec<_>>() {
@@ -244,15 +236,12 @@ fn locked(name: &str, seeds: u64, plan: Plan, allowed: Allowed) {
         quiet_panics();
         let mut world = World::new(seed, 1 + (seed % 4) as usize);
         let count = world.reactors();
-        let info = random_info(world.rng(), count as u64 * 3 * CELL_BLOCKS);
+        let info = random_info(world.rng(), count as u64 * OWN);
         let registry = Registry::new(world.handles());
-        let device = SimDevice::new(info.clone(), plan);
+        let device = SimDisk::new(info.clone(), plan);
         registry.register(device.clone()).unwrap();
-        for reactor in 0..count {
-            let own: Vec<u64> = (0..3).map(|cell| reactor as u64 * 3 + cell).collect();
-            let ios = world.rng().between(10, 40) as u32;
-            Client::start(&mut world, reactor, &registry, &info, allowed, &own, ios);
-        }
+        let mut crew = Crew::new(&mut world, 1..=1, OWN, Fills::only(0));
+        crew.start(&mut world, &registry, &Load { bdev: "disk".to_owned(), info, allowed, ios: 0 }, 10..=40);
         let ledger = world.obligations().clone();
         world.add_actor(locker(registry.clone(), device.clone(), ledger.clone(), 12));
         if allowed.removal {
@@ -270,13 +259,9 @@ fn locked(name: &str, seeds: u64, plan: Plan, allowed: Allowed) {
         world.finish();
         lifecycle::unregister(&registry, "disk", 0, Box::new(|_| {}));
         world.finish();
-        let broken = device.shared.broken.lock().unwrap().clone();
-        assert!(broken.is_empty(), "{broken:?}");
-        assert_eq!(device.shared.channels.load(Ordering::SeqCst), 0, "channels leaked");
-        for reactor in 0..count {
-            let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-            assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-        }
+        device.check_end();
+        check_slabs(&mut world);
+        crew.check_end();
     });
 }
 

@@ -1,35 +1,28 @@
 //! Bdevs upon bdevs under random schedules: any of them is removed or resized at any time, modules panic, and still each I/O
 //! ends once, data are as written, and nothing is left behind.
 
-mod common {
-    mod base;
-    pub mod client;
-    pub mod relay;
-    pub use base::*;
-}
-
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
-use common::relay::Relay;
-use common::{Plan, SimDevice, quiet_panics};
 use qpair_bdev::measures;
 use qpair_bdev::passthru::Passthru;
 use qpair_bdev::stats::Reset;
-use qpair_bdev::{BdevError, FRAMES_MAX, Info, Layer, Op, OpSet, Registry, lifecycle};
+use qpair_bdev::{BdevError, FRAMES_MAX, Info, Op, OpSet, Registry, lifecycle};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, Plan, Relay, SimDisk, check_slabs, is_going, quiet_panics, remove};
+
+/// Blocks of each client.
+const OWN: u64 = 3 * CELL_BLOCKS;
 
 /// What stands where: names from the base up, each with how far it moves its I/O. None: a passthru.
 struct Tower {
     registry: Arc<Registry>,
-    base: Arc<SimDevice>,
+    base: Arc<SimDisk>,
     floors: Vec<(String, Option<u64>)>,
     panic: u64,
 }
 
 impl Tower {
-    fn new(world: &mut World, base: &Arc<SimDevice>, panic: u64) -> Self {
+    fn new(world: &mut World, base: &Arc<SimDisk>, panic: u64) -> Self {
         let count = world.rng().between(1, FRAMES_MAX as u64 - 1);
         let name = |floor| if floor == count { "disk".to_owned() } else { format!("floor{floor}") };
         let floors = (1..=count).map(|floor| (name(floor), world.rng().chance(1, 2).then(|| world.rng().below(4)))).collect();
@@ -60,10 +53,6 @@ impl Tower {
     }
 }
 
-fn is_going(error: &BdevError) -> bool {
-    matches!(error, BdevError::NoSuchBdev(_) | BdevError::Removing(_))
-}
-
 /// Removes any floor, or the base; resizes the base.
 fn control(tower: Arc<Tower>, allowed: Allowed, ledger: Obligations, mut left: u32) -> impl FnMut(u64, &mut Rng) -> Act {
     move |now_ns, rng| {
@@ -78,7 +67,7 @@ fn control(tower: Arc<Tower>, allowed: Allowed, ledger: Obligations, mut left: u
             let reply = move |outcome: Result<(), BdevError>| {
                 assert!(outcome.as_ref().is_ok_and(|()| true) || outcome.as_ref().is_err_and(is_going), "{outcome:?}");
                 if outcome.is_ok() && floor == 0 {
-                    assert_eq!(again.base.shared.inflight.load(Ordering::SeqCst), 0, "gone with I/O in flight");
+                    assert_eq!(again.base.inflight(), 0, "gone with I/O in flight");
                 }
                 let built = again.build();
                 assert!(built.as_ref().is_ok() || built.as_ref().is_err_and(is_going), "{built:?}");
@@ -99,9 +88,9 @@ fn control(tower: Arc<Tower>, allowed: Allowed, ledger: Obligations, mut left: u
     }
 }
 
-fn random_base(rng: &mut Rng, cells: u64) -> Info {
+fn random_base(rng: &mut Rng, blocks: u64) -> Info {
     // Room for what the floors leave out at the start, and for resizing.
-    let mut info = Info::new("base", "sim", 512, cells * CELL_BLOCKS + 64);
+    let mut info = Info::new("base", "sim", 512, blocks + 64);
     info.queue_depth = *rng.pick(&[0, 1, 3, 16]);
     info.max_io_blocks = *rng.pick(&[0, 0, 1, 3, 8]);
     info.max_segments = *rng.pick(&[0, 0, 1, 2, 4]);
@@ -116,39 +105,22 @@ fn random_base(rng: &mut Rng, cells: u64) -> Info {
 fn run(world: &mut World, plan: Plan, allowed: Allowed, panic: u64) {
     quiet_panics();
     let count = world.reactors();
-    let info = random_base(world.rng(), count as u64 * 3);
-    let base = SimDevice::new(info.clone(), plan);
+    let info = random_base(world.rng(), count as u64 * OWN);
+    let base = SimDisk::new(info.clone(), plan);
     let tower = Arc::new(Tower::new(world, &base, panic));
     tower.build().unwrap();
     // The client knows what the base can do, and sees the size of the top.
     let seen = Info { num_blocks: info.num_blocks - tower.shift(), ..info };
-    let memories: Vec<_> = (0..count)
-        .map(|reactor| {
-            let own: Vec<u64> = (0..3).map(|cell| reactor as u64 * 3 + cell).collect();
-            let ios = world.rng().between(10, 40) as u32;
-            Client::start(world, reactor, &tower.registry, &seen, allowed, &own, ios)
-        })
-        .collect();
+    let mut crew = Crew::new(world, 1..=1, OWN, Fills::only(0));
+    crew.start(world, &tower.registry, &Load { bdev: "disk".to_owned(), info: seen, allowed, ios: 0 }, 10..=40);
     let ledger = world.obligations().clone();
     world.add_actor(control(tower.clone(), allowed, ledger.clone(), 8));
     world.finish();
-    let id = ledger.open_next();
-    let reply = move |outcome: Result<(), BdevError>| {
-        outcome.unwrap();
-        ledger.close(id);
-    };
-    lifecycle::unregister(&tower.registry, "base", 0, Box::new(reply));
-    world.finish();
+    remove(world, &tower.registry, "base");
     assert!(tower.registry.list(None).unwrap().is_empty(), "something still stands");
-    let broken = base.shared.broken.lock().unwrap().clone();
-    assert!(broken.is_empty(), "{broken:?}");
-    assert_eq!(base.shared.channels.load(Ordering::SeqCst), 0, "channels leaked");
-    assert_eq!(base.shared.inflight.load(Ordering::SeqCst), 0);
-    for reactor in 0..count {
-        let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-        assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-    }
-    assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+    base.check_end();
+    check_slabs(world);
+    crew.check_end();
 }
 
 fn scenario(name: &str, seeds: u64, plan: Plan, allowed: Allowed, panic: u64) {

@@ -1,13 +1,7 @@
 //! Time-outs and queue depth on the simulator's clock: who is told of what, when, and how often.
 
-mod common {
-    mod base;
-    pub use base::*;
-}
-
 use std::sync::{Arc, Mutex};
 
-use common::{Plan, SimDevice};
 use qpair_bdev::layer::watch::{Late, Sampled};
 use qpair_bdev::measures;
 use qpair_bdev::passthru::Passthru;
@@ -15,6 +9,7 @@ use qpair_bdev::stats::Reset;
 use qpair_bdev::{ChannelId, Descriptor, Info, IoId, Layer, Op, QueueId, Registry, Status, lifecycle};
 use qpair_reactor::sim::{self, World};
 use qpair_reactor::{Poller, Reactor};
+use qpair_simkit::{Plan, SimDisk, check_slabs};
 
 const MS: u64 = 1_000_000;
 
@@ -33,7 +28,7 @@ fn stalled(seed: u64) -> (World, Arc<Registry>) {
     let mut info = Info::new("base", "sim", 512, 1024);
     info.supported = qpair_bdev::OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Reset]);
     info.write_cache = true;
-    registry.register(SimDevice::new(info, Plan { stall: 1000, ..Plan::default() })).unwrap();
+    registry.register(SimDisk::new(info, Plan { stall: 1000, ..Plan::default() })).unwrap();
     registry.register(Arc::new(Passthru::new(&registry, "disk", "base", None).unwrap())).unwrap();
     (world, registry)
 }
@@ -92,8 +87,7 @@ fn end(mut world: World, registry: &Arc<Registry>, users: Vec<User>) {
     drop(users);
     lifecycle::unregister(registry, "base", 0, Box::new(|outcome| outcome.unwrap()));
     world.finish();
-    let (all, free) = world.with(0, |reactor| Layer::of(reactor).borrow().ios());
-    assert_eq!(all, free, "I/Os leaked");
+    check_slabs(&mut world);
 }
 
 #[test]

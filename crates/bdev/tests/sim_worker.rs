@@ -1,18 +1,17 @@
 //! A bdev that a worker process serves, in the simulator: the worker dies, hangs and lies at any step, and another one takes its place.
 
-mod common {
-    pub mod client;
-}
-
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
 use qpair_bdev::python::{Down, Link, LinkConfig, PythonBdev, Ring, Service, Work, WorkerEnd, control_bytes};
-use qpair_bdev::{Device, Layer, Op, Registry, lifecycle};
+use qpair_bdev::{Device, Op, Registry};
 use qpair_memory::{Mapping, Region};
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{self, Act, Rng, World};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, check_slabs, remove};
+
+/// Blocks of each client.
+const OWN: u64 = 6 * CELL_BLOCKS;
 
 /// What a worker is up to, per mille of its steps.
 #[derive(Clone, Copy, Debug, Default)]
@@ -156,7 +155,7 @@ fn scenario(name: &str, seeds: u64, plan: Plan, while_down: Service) {
     sim::run_seeds(name, seeds, |seed| {
         let mut world = World::new(seed, 1 + (seed % 3) as usize);
         let count = world.reactors() as u64;
-        let blocks = count * 6 * CELL_BLOCKS;
+        let blocks = count * OWN;
         let (depth, max_io) = (*world.rng().pick(&[1, 2, 7, 64]), *world.rng().pick(&[512, 2048, 65536]));
         let (link, on_work) = Link::prepare(world.handle((seed % count) as usize), depth);
         let (bdev, ring) = PythonBdev::new("disk", blocks, 512, depth, max_io, None, false, on_work).unwrap();
@@ -172,11 +171,8 @@ fn scenario(name: &str, seeds: u64, plan: Plan, while_down: Service) {
         // A slow worker is no trouble, unless it may be one that hangs.
         link.start(ring.clone(), LinkConfig { timeout_ns: if trouble { 1_000_000 } else { 0 }, while_down }, on_down);
         let allowed = Allowed { aborts: true, resets: true, churn: true, panics: trouble, rubbish: plan.lies > 0, ..Allowed::default() };
-        let mut memories = Vec::new();
-        for reactor in 0..count {
-            let own: Vec<u64> = (reactor * 6..reactor * 6 + 6).collect();
-            memories.push(Client::start(&mut world, reactor as usize, &registry, &bdev.info(), allowed, &own, 50));
-        }
+        let mut crew = Crew::new(&mut world, 1..=1, OWN, Fills::only(0));
+        crew.start(&mut world, &registry, &Load { bdev: "disk".to_owned(), info: bdev.info(), allowed, ios: 0 }, 50..=50);
         let mut process = Process {
             ring: ring.clone(),
             link,
@@ -197,19 +193,9 @@ fn scenario(name: &str, seeds: u64, plan: Plan, while_down: Service) {
         if !trouble {
             assert_eq!(ring.free_slots(), depth as usize, "slots leaked");
         }
-        let ledger = world.obligations().clone();
-        let id = ledger.open_next();
-        let removed = Box::new(move |outcome: Result<(), _>| {
-            outcome.unwrap();
-            ledger.close(id);
-        });
-        lifecycle::unregister(&registry, "disk", 0, removed);
-        world.finish();
-        for reactor in 0..count as usize {
-            let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-            assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-        }
-        assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+        remove(&mut world, &registry, "disk");
+        check_slabs(&mut world);
+        crew.check_end();
         drop((registry, bdev));
         world.finish();
         assert!(ring.is_closed());

@@ -40,7 +40,12 @@ struct Stage {
 
 impl Rig {
     fn new(world: &mut World, trouble: Trouble) -> Self {
-        let (legs, reactors) = (world.rng().between(2, 3) as u8, world.reactors() as u64);
+        let legs = world.rng().between(2, 3) as u8;
+        Self::with_legs(world, legs, trouble)
+    }
+
+    fn with_legs(world: &mut World, legs: u8, trouble: Trouble) -> Self {
+        let reactors = world.reactors() as u64;
         let blocks = OFFSET * u64::from(trouble.superblock) + reactors * OWN;
         let delay_ns = *world.rng().pick(&[0, 20_000, 200_000]);
         let disk = |number: u8| {
@@ -267,4 +272,35 @@ fn a_flushed_write_outlives_power_cuts() {
         ..Trouble::default()
     };
     scenario("mirror_power_cut", 250, trouble);
+}
+
+/// Found as a lost write: seed 4788 of the power cuts, when their client was another one.
+#[test]
+fn a_leg_that_is_out_does_not_start_the_array_in_place_of_one_that_is_current() {
+    sim::run_seeds("mirror_newcomer", 20, |seed| {
+        let mut world = World::new(seed, 1 + (seed % 3) as usize);
+        let rig = Rig::with_legs(&mut world, 3, Trouble { superblock: true, ..Trouble::default() });
+        let stage = rig.stage(&world);
+        create(&mut world, &stage, true);
+        let ledger = world.obligations().clone();
+        stage.raids.remove_base("leg0", promise(&ledger, Result::is_ok));
+        world.settle();
+        stage.raids.delete("mirror", false, promise(&ledger, Result::is_ok));
+        world.settle();
+        lifecycle::unregister(&stage.registry, "leg1", 0, promise(&ledger, Result::is_ok));
+        world.settle();
+        stage.raids.examine("leg2", promise(&ledger, |joined| matches!(joined, Ok(true))));
+        world.settle();
+        let refusal =
+            "Invalid argument: base_bdev leg0: one that the superblock of raid bdev mirror calls current, as long as it is not online";
+        stage.raids.add_base("mirror", "leg0", promise(&ledger, move |outcome| outcome.as_ref().unwrap_err().to_string() == refusal));
+        world.settle();
+        assert_eq!(stage.phase(), Some(Phase::Configuring), "leg1 is current, and not there");
+        stage.appear(1, &ledger);
+        world.settle();
+        assert_eq!(stage.phase(), Some(Phase::Online));
+        let whole = stage.raids.list()[0].members.iter().all(|member| member.is_configured);
+        assert!(whole, "the one that was out is rebuilt: {:?}", stage.raids.list());
+        demolish(&mut world, &stage);
+    });
 }

@@ -85,3 +85,26 @@ fn an_error_of_a_member_is_the_arrays() {
 fn a_member_takes_the_stripe_along() {
     scenario("stripe_removal", 300, true, true);
 }
+
+#[test]
+fn two_members_that_leave_at_once_leave_no_array_behind() {
+    sim::run_seeds("stripe_leaving", 100, |seed| {
+        let mut world = World::new(seed, 1 + (seed % 3) as usize);
+        let registry = Registry::new(world.handles());
+        let raids = Raids::new(&registry);
+        let ledger = world.obligations().clone();
+        let bases = vec!["leg0".to_owned(), "leg1".to_owned()];
+        for name in &bases {
+            registry.register(SimDisk::new(Info::new(name, "leg", 512, 64), Plan::default())).unwrap();
+        }
+        let spec =
+            Spec { name: "stripe".to_owned(), level: Level::CONCAT, strip_kb: 1, bases: bases.clone(), uuid: None, superblock: false };
+        raids.create(spec, promise(&ledger, Result::is_ok));
+        world.settle();
+        // One of them may find that the other has taken the array along.
+        bases.iter().for_each(|base| raids.remove_base(base, promise(&ledger, |_| true)));
+        world.settle();
+        assert!(raids.list().is_empty(), "{:?}", raids.list());
+        assert!(registry.list(None).unwrap().iter().all(|listing| listing.claimed_by.is_none()), "a claim is left");
+    });
+}

@@ -54,6 +54,8 @@ pub struct Allowed {
     pub cached: bool,
     /// There are several copies, which may differ after a failed write.
     pub mirrored: bool,
+    /// What a failed write did may end within a sector.
+    pub frays: bool,
     /// It stands on several bdevs: one part of an I/O may be refused when others are done.
     pub scattered: bool,
 }
@@ -446,7 +448,7 @@ impl Client {
     fn book(&mut self, pending: &Pending, status: Status) {
         let (memory, model) = (self.region(), self.model.clone());
         let mut model = lock(&model);
-        let Allowed { cached, rubbish, mirrored, .. } = self.load.allowed;
+        let Allowed { cached, rubbish, mirrored, frays, .. } = self.load.allowed;
         let (durable, success) = (!cached || pending.durable, status == Status::SUCCESS);
         match pending.op {
             Op::Flush => model.end_flush(pending.obligation, success),
@@ -460,7 +462,7 @@ impl Client {
                 for (number, block) in (0..).zip(pending.range()) {
                     let at = self.place(pending) + number * bytes.len() as u64;
                     memory.read(at, &mut bytes).expect("own memory");
-                    model.check(block, &bytes, !mirrored);
+                    model.check(block, &bytes, !mirrored, frays);
                 }
             }
             _ => {}
@@ -474,7 +476,7 @@ impl Client {
         let mut bytes = vec![0; self.load.info.block_size as usize];
         for (number, block) in (0..).zip(pending.range()) {
             lent.region.read(lent.offset + number * bytes.len() as u64, &mut bytes).expect("lent memory");
-            lock(&self.model).check(block, &bytes, !self.load.allowed.mirrored);
+            lock(&self.model).check(block, &bytes, !self.load.allowed.mirrored, self.load.allowed.frays);
         }
         lent.region.fill(lent.offset, pending.blocks * bytes.len() as u64, pending.fill).expect("lent memory");
         pending.op = Op::ZcopyEnd;

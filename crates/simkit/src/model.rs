@@ -150,13 +150,14 @@ impl Model {
         self.flushes.clear();
     }
 
-    /// What was read of one block is legal; `pinned`: and stays what it is, as there is one copy.
-    pub fn check(&mut self, block: u64, bytes: &[u8], pinned: bool) {
+    /// What was read of one block is legal; `pinned`: and stays what it is, as there is one copy; `frays`: a failed write may have ended anywhere.
+    pub fn check(&mut self, block: u64, bytes: &[u8], pinned: bool, frays: bool) {
         let legal = self.now[block as usize];
         if legal == Fills::ANY {
             return;
         }
-        for sector in bytes.chunks(crate::disk::SECTOR as usize) {
+        let whole = if frays { 1 } else { crate::disk::SECTOR as usize };
+        for sector in bytes.chunks(whole) {
             let found = sector[0];
             assert!(sector.iter().all(|byte| *byte == found), "block {} is torn within a sector", self.first + block);
             assert!(legal.has(found), "block {} holds {found:#x}, which is none of {}", self.first + block, legal);
@@ -226,7 +227,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "block 11 holds 0x2, which is none of {\"0x0\"}")]
     fn what_was_never_written_is_a_difference() {
-        lock(&Model::new(10, 2, Fills::only(0))).check(1, &[2; 512], true);
+        lock(&Model::new(10, 2, Fills::only(0))).check(1, &[2; 512], true, false);
     }
 
     #[test]
@@ -236,7 +237,7 @@ mod tests {
         lock(&model).begin(0..1, 1);
         let mut bytes = [0; 1024];
         bytes[700..].fill(1);
-        lock(&model).check(0, &bytes, true);
+        lock(&model).check(0, &bytes, true, false);
     }
 
     #[test]
@@ -244,7 +245,7 @@ mod tests {
         let model = Model::new(0, 1, Fills::only(0));
         let mut model = lock(&model);
         model.begin(0..1, 1);
-        model.check(0, &[1; 512], true);
+        model.check(0, &[1; 512], true, false);
         assert_eq!(holds(&model, 0), [1]);
     }
 }

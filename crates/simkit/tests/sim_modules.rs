@@ -83,9 +83,12 @@ fn run(seed: u64, protected: bool, total: &Cell<Total>) {
     total.set(Total { seeds: was.seeds + 1, reads, verified, whole: was.whole + u64::from(whole) });
 }
 
-fn scenario(name: &str, seeds: u64, protected: bool) {
+/// `vectors`: seeds that failed once.
+fn scenario(name: &str, seeds: u64, protected: bool, vectors: &[u64]) {
     let total = Cell::new(Total::default());
     sim::run_seeds(name, seeds, |seed| run(seed, protected, &total));
+    let failure = sim::first_failure(vectors.iter().copied(), |seed| run(seed, protected, &total));
+    assert!(failure.is_none(), "{failure:?}");
     let total = total.get();
     eprintln!("simulation {name}: {total:?}");
     // A test that looks at nothing is none; one seed alone may.
@@ -94,10 +97,11 @@ fn scenario(name: &str, seeds: u64, protected: bool) {
 
 #[test]
 fn whatever_happens_to_whatever_module_blocks_hold_what_was_written() {
-    scenario("modules", 150, false);
+    // 715: of two members that left an array at once, the second had it deleted for ever.
+    scenario("modules", 80, false, &[715]);
 }
 
 #[test]
 fn whatever_happens_to_one_leg_of_a_mirror_is_not_seen_above_it() {
-    scenario("modules_leg", 150, true);
+    scenario("modules_leg", 80, true, &[]);
 }

@@ -4,10 +4,10 @@ mod common;
 
 use std::sync::Arc;
 
-use common::Plan;
 use common::desk::{Bench, Outcome, Ticket};
 use qpair_bdev::passthru::Passthru;
 use qpair_bdev::{Info, Op, OpSet, Status, ZONE_DESCRIPTOR_BYTES, ZoneAction, ZoneDescriptor, ZoneState, lifecycle};
+use qpair_simkit::Plan;
 use qpair_vbdev::delay::{Delay, Latencies, Latency};
 use qpair_vbdev::error::{ErrorBdev, Errors, What};
 use qpair_vbdev::part::{Part, Range};
@@ -37,7 +37,7 @@ fn parts_have_ranges_of_their_own_and_one_claim_that_goes_with_the_last() {
     assert_eq!(bench.run("basep0", Op::Write, 3, 2, 0xaa), Status::SUCCESS);
     assert_eq!(bench.run("basep1", Op::Write, 3, 2, 0xbb), Status::SUCCESS);
     assert_eq!(bench.run("basep1", Op::Read, 31, 2, 0), Status::LBA_OUT_OF_RANGE);
-    let bytes = bench.base.shared.bytes.lock().unwrap().clone();
+    let bytes = bench.base.bytes();
     assert_eq!((bytes[3 * 512], bytes[35 * 512]), (0xaa, 0xbb));
     let busy = |bench: &Bench| bench.registry.open_base("base", "test").err().map(|error| error.to_string());
     assert_eq!(busy(&bench).as_deref(), Some("Device or resource busy: bdev base is claimed by split"));
@@ -259,7 +259,7 @@ fn what_is_kept_goes_on_when_it_is_resumed() {
     let kept: Vec<Ticket> = (0..4).map(|number| bench.start(number % 2, "EE_base", Op::Write, number as u64, 1, 0x55)).collect();
     bench.pass(1000 * MS);
     kept.iter().for_each(|ticket| assert!(bench.ended(ticket).is_none()));
-    assert_eq!(bench.base.shared.bytes.lock().unwrap()[0], 0);
+    assert_eq!(bench.base.bytes()[0], 0);
     errors.clear();
     bench.pass(MS);
     kept.iter().for_each(|ticket| assert!(bench.ended(ticket).is_none(), "clearing is not resuming"));
@@ -310,7 +310,7 @@ fn a_spoilt_write_goes_where_it_was_meant_to_and_its_owner_keeps_his_data() {
     let ticket = bench.start(0, "EE_base", Op::Write, 7, 2, 0x22);
     assert_eq!(bench.wait(&ticket).status, Status::SUCCESS);
     assert_eq!(ticket.bytes(), vec![0x22; 1024]);
-    let stored = bench.base.shared.bytes.lock().unwrap().clone();
+    let stored = bench.base.bytes();
     let changed: Vec<usize> = (0..stored.len()).filter(|at| stored[*at] != if (3584..4608).contains(at) { 0x22 } else { 0 }).collect();
     assert_eq!((changed, stored[4097]), (vec![4097], 0xdd));
 }
@@ -427,9 +427,9 @@ fn zones_are_opened_closed_and_finished_on_request() {
 fn a_reset_unmaps_on_a_base_that_can_and_only_its_zone() {
     let mut bench = zoned(64);
     assert_eq!(bench.run("zoned", Op::Read, 0, 6, 0), Status::SUCCESS);
-    bench.base.shared.bytes.lock().unwrap().fill(0x77);
+    bench.base.fill(0x77);
     assert_eq!(act(&mut bench, ZoneAction::Reset, 8), Status::SUCCESS);
-    let bytes = bench.base.shared.bytes.lock().unwrap().clone();
+    let bytes = bench.base.bytes();
     assert!((0..bytes.len()).all(|at| bytes[at] == if (8 * 512..14 * 512).contains(&at) { 0 } else { 0x77 }));
 }
 
@@ -483,7 +483,7 @@ fn a_part_of_a_zoned_bdev_is_zoned_and_counts_from_its_own_start() {
     assert_eq!(bench.wait(&ticket).result, 8);
     let found: Vec<_> = report(&mut bench, "part", 0, 4).iter().map(|zone| (zone.start, zone.write_pointer)).collect();
     assert_eq!(found, [(0, 6), (8, 10), (16, 22), (24, 30)]);
-    assert_eq!(bench.base.shared.bytes.lock().unwrap()[24 * 512], 9);
+    assert_eq!(bench.base.bytes()[24 * 512], 9);
 }
 
 #[test]

@@ -1,20 +1,19 @@
 //! Random towers of passthrus, parts, delays and error bdevs under random schedules: latencies and injected errors change, any of them is removed or
 //! its base resized at any time, and still each I/O ends once, data are as written, and nothing is left behind.
 
-mod common;
-
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use common::client::{Allowed, CELL_BLOCKS, Client};
-use common::{Plan, SimDevice, quiet_panics};
 use qpair_bdev::passthru::Passthru;
-use qpair_bdev::{BdevError, DeviceId, FRAMES_MAX, Info, Layer, Op, OpSet, Registry, Status, lifecycle};
+use qpair_bdev::{BdevError, DeviceId, FRAMES_MAX, Info, Op, OpSet, Registry, Status, lifecycle};
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
+use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, Plan, SimDisk, check_slabs, is_going, promise, quiet_panics, remove};
 use qpair_vbdev::delay::{Delay, Latencies, Latency};
 use qpair_vbdev::error::{ErrorBdev, Errors, TARGETS, What};
 use qpair_vbdev::part::{Part, Range};
+
+/// Blocks of each client.
+const OWN: u64 = 3 * CELL_BLOCKS;
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
@@ -27,7 +26,7 @@ enum Kind {
 /// What stands where, from the base up.
 struct Tower {
     registry: Arc<Registry>,
-    base: Arc<SimDevice>,
+    base: Arc<SimDisk>,
     floors: Vec<(String, Kind)>,
     latencies: Arc<Latencies>,
     errors: Arc<Errors>,
@@ -41,12 +40,8 @@ fn passable(outcome: Result<(), BdevError>) -> Result<(), BdevError> {
     }
 }
 
-fn is_going(error: &BdevError) -> bool {
-    matches!(error, BdevError::NoSuchBdev(_) | BdevError::Removing(_))
-}
-
 impl Tower {
-    fn new(world: &mut World, base: &Arc<SimDevice>) -> Self {
+    fn new(world: &mut World, base: &Arc<SimDisk>) -> Self {
         let count = world.rng().between(1, FRAMES_MAX as u64 - 1);
         let name = |floor| if floor == count { "disk".to_owned() } else { format!("floor{floor}") };
         let mut kind = || match world.rng().below(4) {
@@ -106,8 +101,7 @@ impl Tower {
     fn resume(&self, ledger: &Obligations) {
         self.errors.resume();
         for device in self.devices.lock().unwrap().values() {
-            let (id, book) = (ledger.open_next(), ledger.clone());
-            lifecycle::poke(&self.registry, *device, Box::new(move |_| book.close(id)));
+            lifecycle::poke(&self.registry, *device, promise(ledger, |_| true));
         }
     }
 }
@@ -119,26 +113,21 @@ fn control(tower: Arc<Tower>, allowed: Allowed, ledger: Obligations, mut left: u
             return Act::Done;
         }
         left -= 1;
-        let (id, book, again) = (ledger.open_next(), ledger.clone(), tower.clone());
+        let passes = |outcome: &Result<(), BdevError>| outcome.is_ok() || outcome.as_ref().is_err_and(is_going);
         if allowed.removal && rng.chance(1, 3) {
             let floor = rng.below(tower.floors.len() as u64 + 1) as usize;
             let name = if floor == 0 { "base" } else { &tower.floors[floor - 1].0 };
-            let reply = move |outcome: Result<(), BdevError>| {
-                assert!(outcome.is_ok() || outcome.as_ref().is_err_and(is_going), "{outcome:?}");
+            let again = tower.clone();
+            let rebuilt = move |outcome: &Result<(), BdevError>| {
                 let built = again.build();
-                assert!(built.is_ok() || built.as_ref().is_err_and(is_going), "{built:?}");
-                book.close(id);
+                assert!(passes(&built), "{built:?}");
+                passes(outcome)
             };
-            lifecycle::unregister(&tower.registry, name, rng.below(300_000), Box::new(reply));
+            lifecycle::unregister(&tower.registry, name, rng.below(300_000), promise(&ledger, rebuilt));
         } else if allowed.resize && rng.chance(1, 2) {
             let blocks = tower.base.info.num_blocks - rng.below(2 * CELL_BLOCKS);
-            let reply = move |outcome: Result<(), BdevError>| {
-                assert!(outcome.is_ok() || outcome.as_ref().is_err_and(is_going), "resize to {blocks}: {outcome:?}");
-                book.close(id);
-            };
-            lifecycle::resize(&tower.registry, "base", blocks, Box::new(reply));
+            lifecycle::resize(&tower.registry, "base", blocks, promise(&ledger, passes));
         } else {
-            book.close(id);
             match rng.below(4) {
                 0 => tower.latencies.set(*rng.pick(&[Latency::AverageRead, Latency::AverageWrite, Latency::P99Read]), rng.below(500)),
                 1 => tower.resume(&ledger),
@@ -150,9 +139,9 @@ fn control(tower: Arc<Tower>, allowed: Allowed, ledger: Obligations, mut left: u
     }
 }
 
-fn random_base(rng: &mut Rng, cells: u64) -> Info {
+fn random_base(rng: &mut Rng, blocks: u64) -> Info {
     // Room for what the floors leave out at the start, and for resizing.
-    let mut info = Info::new("base", "sim", 512, cells * CELL_BLOCKS + 64);
+    let mut info = Info::new("base", "sim", 512, blocks + 64);
     info.queue_depth = *rng.pick(&[0, 1, 3, 16]);
     info.max_io_blocks = *rng.pick(&[0, 0, 1, 3, 8]);
     info.max_segments = *rng.pick(&[0, 0, 1, 2, 4]);
@@ -167,39 +156,21 @@ fn random_base(rng: &mut Rng, cells: u64) -> Info {
 fn run(world: &mut World, plan: Plan, allowed: Allowed) {
     quiet_panics();
     let count = world.reactors();
-    let info = random_base(world.rng(), count as u64 * 3);
-    let base = SimDevice::new(info.clone(), plan);
+    let info = random_base(world.rng(), count as u64 * OWN);
+    let base = SimDisk::new(info.clone(), plan);
     let tower = Arc::new(Tower::new(world, &base));
     tower.build().unwrap();
     // The client knows what the base can do, and sees the size of the top.
     let seen = Info { num_blocks: info.num_blocks - tower.shift(), ..info };
-    let memories: Vec<_> = (0..count)
-        .map(|reactor| {
-            let own: Vec<u64> = (0..3).map(|cell| reactor as u64 * 3 + cell).collect();
-            let ios = world.rng().between(10, 40) as u32;
-            Client::start(world, reactor, &tower.registry, &seen, allowed, &own, ios)
-        })
-        .collect();
-    let ledger = world.obligations().clone();
-    world.add_actor(control(tower.clone(), allowed, ledger.clone(), 10));
+    let mut crew = Crew::new(world, 1..=1, OWN, Fills::only(0));
+    crew.start(world, &tower.registry, &Load { bdev: "disk".to_owned(), info: seen, allowed, ios: 0 }, 10..=40);
+    world.add_actor(control(tower.clone(), allowed, world.obligations().clone(), 10));
     world.finish();
-    let id = ledger.open_next();
-    let reply = move |outcome: Result<(), BdevError>| {
-        outcome.unwrap();
-        ledger.close(id);
-    };
-    lifecycle::unregister(&tower.registry, "base", 0, Box::new(reply));
-    world.finish();
+    remove(world, &tower.registry, "base");
     assert!(tower.registry.list(None).unwrap().is_empty(), "something still stands");
-    let broken = base.shared.broken.lock().unwrap().clone();
-    assert!(broken.is_empty(), "{broken:?}");
-    assert_eq!(base.shared.channels.load(Ordering::SeqCst), 0, "channels leaked");
-    assert_eq!(base.shared.inflight.load(Ordering::SeqCst), 0);
-    for reactor in 0..count {
-        let (all, free) = world.with(reactor, |reactor| Layer::of(reactor).borrow().ios());
-        assert_eq!(all, free, "I/Os leaked on reactor {reactor}");
-    }
-    assert!(memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
+    base.check_end();
+    crew.check_end();
+    check_slabs(world);
 }
 
 fn scenario(name: &str, seeds: u64, plan: Plan, allowed: Allowed) {

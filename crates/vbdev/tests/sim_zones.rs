@@ -5,22 +5,19 @@
 //! * a write succeeds only in a zone that is not full, and below the capacity;
 //! * a report shows a write pointer and a state that belong together, and nothing is under way for ever.
 
-mod common;
-
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use common::{Plan, SimDevice, quiet_panics};
 use qpair_bdev::{
     ChannelId, Descriptor, Info, IoId, Layer, Op, OpSet, QueueId, Registry, Status, ZONE_DESCRIPTOR_BYTES, ZoneAction, ZoneDescriptor,
-    ZoneState, lifecycle,
+    ZoneState,
 };
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::{self, Obligations, Rng, World};
 use qpair_reactor::{LocalWaker, Poller, Reactor};
+use qpair_simkit::{Plan, SimDisk, check_slabs, quiet_panics, remove};
 use qpair_vbdev::delay::{Delay, Latencies};
 use qpair_vbdev::zone_block::ZoneBlock;
 
@@ -168,7 +165,7 @@ impl Host {
     fn judge(&self, event: &Event) {
         let writes = matches!(event.op, Op::Write | Op::ZoneAppend);
         let legal = match event.status {
-            Status::SUCCESS | Status::ABORT_REQUESTED | Status::UNRECOVERED_READ_ERROR => true,
+            Status::SUCCESS | Status::ABORT_REQUESTED | Status::UNRECOVERED_READ_ERROR | Status::WRITE_FAULT => true,
             Status::ZONE_IS_FULL | Status::ZONE_BOUNDARY_ERROR => writes,
             Status::ZONE_INVALID_WRITE => event.op == Op::Write,
             Status::COMMAND_INTERRUPTED => writes || event.action.is_some(),
@@ -256,7 +253,7 @@ fn run(world: &mut World, plan: Plan, resets: bool) {
     info.max_io_blocks = *world.rng().pick(&[0, 0, 1, 2]);
     info.supported =
         OpSet::of(if world.rng().chance(2, 3) { &[Op::Read, Op::Write, Op::Unmap, Op::Reset] } else { &[Op::Read, Op::Write, Op::Reset] });
-    let base = SimDevice::new(info, plan);
+    let base = SimDisk::new(info, plan);
     let registry = Registry::new(world.handles());
     registry.register(base.clone()).unwrap();
     let under = world.rng().chance(1, 2);
@@ -271,7 +268,7 @@ fn run(world: &mut World, plan: Plan, resets: bool) {
     }
     world.finish();
     let history = history.lock().unwrap();
-    let bytes = base.shared.bytes.lock().unwrap().clone();
+    let bytes = base.bytes();
     for zone in 0..ZONES {
         let mut owner = [None; CAPACITY as usize];
         for event in lasting(&history, zone) {
@@ -287,20 +284,9 @@ fn run(world: &mut World, plan: Plan, resets: bool) {
         }
     }
     drop(history);
-    let (ledger, id) = (world.obligations().clone(), world.obligations().open_next());
-    lifecycle::unregister(
-        &registry,
-        "base",
-        0,
-        Box::new(move |outcome| {
-            outcome.unwrap();
-            ledger.close(id);
-        }),
-    );
-    world.finish();
-    let broken = base.shared.broken.lock().unwrap().clone();
-    assert!(broken.is_empty(), "{broken:?}");
-    assert_eq!(base.shared.channels.load(Ordering::SeqCst), 0, "channels leaked");
+    remove(world, &registry, "base");
+    base.check_end();
+    check_slabs(world);
 }
 
 fn scenario(name: &str, seeds: u64, plan: Plan, resets: bool) {

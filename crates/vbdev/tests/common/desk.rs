@@ -9,8 +9,7 @@ use qpair_bdev::{ChannelId, Descriptor, Device, Info, Io, IoId, Layer, Op, Queue
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
 use qpair_reactor::{Config, Poller, Reactor};
-
-use super::{Plan, SimDevice};
+use qpair_simkit::{Plan, SimDisk};
 
 /// How an I/O ended.
 #[derive(Clone, Debug)]
@@ -70,7 +69,7 @@ impl Ticket {
 pub struct Bench {
     pub world: World,
     pub registry: Arc<Registry>,
-    pub base: Arc<SimDevice>,
+    pub base: Arc<SimDisk>,
     desks: Vec<Rc<RefCell<Desk>>>,
     next: u64,
 }
@@ -79,7 +78,7 @@ impl Bench {
     pub fn new(info: Info, plan: Plan, reactors: usize) -> Self {
         let mut world = World::with_config(7, reactors, Config { spin_ns: 0, busy_poll: false }, Default::default());
         let registry = Registry::new(world.handles());
-        let base = SimDevice::new(info, plan);
+        let base = SimDisk::new(info, plan);
         registry.register(base.clone()).unwrap();
         let desk = |reactor: &mut Reactor| {
             let desk = Rc::new(RefCell::new(Desk::default()));
