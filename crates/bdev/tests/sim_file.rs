@@ -35,7 +35,7 @@ fn scenario(name: &str, seeds: u64, allowed: Allowed, error: u64) {
         registry.register(bdev.clone()).unwrap();
         let info = bdev.info();
         let mut crew = Crew::new(&mut world, 1..=1, OWN, Fills::only(0));
-        crew.start(&mut world, &registry, &Load { bdev: "disk".to_owned(), info: info, allowed, ios: 0 }, 50..=50);
+        crew.start(&mut world, &registry, &Load { bdev: "disk".to_owned(), info, allowed, ios: 0 }, 50..=50);
         world.finish();
         remove(&mut world, &registry, "disk");
         check_slabs(&mut world);
