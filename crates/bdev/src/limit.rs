@@ -29,6 +29,8 @@ pub const UNITS_MAX: u64 = 1 << 32;
 pub const BURST_NS: u64 = 1_000_000;
 /// What one who waits may be late without a loss.
 pub const CATCH_UP_NS: u64 = 100_000_000;
+/// Who waited, came late, and comes again within this time goes on where he was: his front end may be as late as he.
+pub const RESUME_NS: u64 = 20_000_000;
 /// What a channel takes for those behind the first, and out of abundance: as much as the rate allows in this time.
 pub const SLICE_NS: u64 = 100_000;
 

@@ -280,7 +280,7 @@ fn reactors_that_want_alike_get_alike() {
         seen.lock().unwrap().iter().filter(|one| one.at_ns < until_ns).for_each(|one| shares[one.reactor as usize] += 1);
         let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
         let slices = 4 + rate * 4 * SLICE_NS / 1_000_000_000;
-        assert!(most - least <= slices + most / 10, "{shares:?} of {rate} a second");
+        assert!(most - least <= slices + most / 8, "{shares:?} of {rate} a second");
         remove(&mut world, &registry, "disk");
     });
 }
@@ -538,7 +538,7 @@ fn a_reactor_that_is_late_again_and_again_loses_nothing() {
         let counts: Vec<u64> = seen.iter().map(|seen| seen.iter().filter(|one| one.at_ns <= last_ns).count() as u64).collect();
         let (sum, allowed) = (counts.iter().sum::<u64>(), (last_ns + 200 * MS - until_ns) * 4000 / 1_000_000_000);
         // What came since the reactor's last turn but one is still to be given out.
-        assert!((allowed * 98 / 100 - 60..=allowed + 5).contains(&sum), "{counts:?} of {allowed}");
+        assert!((allowed * 98 / 100 - 60..=allowed + 8).contains(&sum), "{counts:?} of {allowed}");
         assert!(counts.iter().all(|count| *count > sum / 3), "{counts:?}: one starves");
         names.iter().for_each(|name| remove(&mut world, &registry, name));
     });

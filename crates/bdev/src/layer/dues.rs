@@ -7,11 +7,12 @@
 //! Rates that one I/O has to be paid for at once are a [`Line`]: while it waits for one of them, its credit of the others is kept.
 //!
 //! **Late reactors.** A line that waited and comes late may take its part of what was missed meanwhile (`left`), and does so although it has no more
-//! waiting than its front end has I/Os: when they are done and come again within a millisecond, it goes on where it was.
+//! waiting than its front end has I/Os: when they are done and come again within [`RESUME_NS`], it goes on where it was. It never takes more than
+//! the rate allowed since its last place.
 
 use std::sync::Arc;
 
-use crate::limit::{BURST_NS, Limiter, Pace, Rates};
+use crate::limit::{BURST_NS, Limiter, Pace, RESUME_NS, Rates};
 
 /// What I/Os cost.
 #[derive(Clone, Copy, Default)]
@@ -161,8 +162,21 @@ impl Line {
         if now_ns > self.resumes_until_ns {
             return None;
         }
-        self.resumes_until_ns = now_ns + BURST_NS;
+        self.resumes_until_ns = now_ns + RESUME_NS;
+        if self.waits.is_none() && self.turn_ns != now_ns {
+            self.still_behind(now_ns);
+        }
         Some(self.since_ns)
+    }
+
+    /// What is missed by one that has not made up for all of it yet: its front end is late, or wants less now. Hence no more of that than [`RESUME_NS`].
+    #[cold]
+    fn still_behind(&mut self, now_ns: u64) {
+        for due in self.dues.iter_mut().filter(|due| due.left > 0) {
+            let grown = due.left + due.pace.between(self.turn_ns, now_ns);
+            due.left = due.left.max(grown.min(due.pace.between(0, RESUME_NS)));
+        }
+        self.turn_ns = now_ns;
     }
 
     #[inline]
@@ -224,7 +238,7 @@ impl Line {
     /// Nothing waits any more.
     pub(super) fn rest(&mut self, now_ns: u64) {
         if self.waits.is_some() {
-            self.resumes_until_ns = now_ns + BURST_NS;
+            self.resumes_until_ns = now_ns + RESUME_NS;
             self.leave();
         }
     }
