@@ -27,8 +27,10 @@ struct Leg {
     below: ChannelId,
     /// Where data begin.
     offset: u64,
-    /// What is about to go there.
+    /// What is about to go there as it is.
     ready: Vec<IoId>,
+    /// Parts that are.
+    parts: Vec<IoId>,
 }
 
 /// An I/O that several members have a part of.
@@ -57,7 +59,7 @@ impl Striped {
         for (member, offset) in view.members.iter().zip(&view.offsets) {
             let member = member.as_ref().ok_or_else(|| BdevError::Removing(array.name.clone()))?;
             let below = layer.open_base(reactor, id, member)?;
-            legs.push(Leg { below, offset: *offset, ready: Vec::with_capacity(BATCH) });
+            legs.push(Leg { below, offset: *offset, ready: Vec::with_capacity(BATCH), parts: Vec::with_capacity(FANNED_MAX) });
         }
         layer.reserve(id, FANNED_MAX * array.slots);
         let vacant = || Fanned { parent: None, children: Vec::with_capacity(array.slots), status: Status::SUCCESS };
@@ -90,7 +92,7 @@ impl Striped {
             (io.lba, io.blocks) = if op == Op::Flush { (0, 0) } else { (first + leg.offset, count) };
             io.push(self.queue, index as u64);
             self.fanned[index].children.push(child);
-            leg.ready.push(child);
+            leg.parts.push(child);
         }
         true
     }
@@ -123,11 +125,12 @@ impl Striped {
         }
     }
 
-    #[inline]
-    fn send(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
-        for leg in self.legs.iter_mut().filter(|leg| !leg.ready.is_empty()) {
-            layer.submit(reactor, leg.below, &leg.ready);
-            leg.ready.clear();
+    /// The parts of what is fanned out.
+    #[cold]
+    fn send_parts(&mut self, layer: &mut Layer, reactor: &mut Reactor) {
+        for leg in self.legs.iter_mut().filter(|leg| !leg.parts.is_empty()) {
+            layer.submit(reactor, leg.below, &leg.parts);
+            leg.parts.clear();
         }
     }
 
@@ -145,52 +148,54 @@ impl Striped {
             rest = &rest[whole.max(1)..];
         }
         self.start_waiting(layer);
-        self.send(layer, reactor);
+        self.send_parts(layer, reactor);
     }
 }
 
-/// Puts reads and writes with those that go to the same member, and everything else with what waits.
+/// Passes reads and writes down, sorted by member, and puts everything else with what waits.
 #[inline(always)]
 fn sort(
     layer: &mut Layer,
+    reactor: &mut Reactor,
     queue: QueueId,
     batch: &[IoId],
-    legs: &mut [Leg],
-    waiting: &mut VecDeque<IoId>,
+    (legs, waiting): (&mut [Leg], &mut VecDeque<IoId>),
     place: impl Fn(u64) -> (usize, u64),
 ) {
     for &id in batch {
-        let io = layer.io_mut(id);
+        let io = layer.io(id);
         if matches!(io.op, Op::Read | Op::Write) {
-            let (member, lba) = place(io.lba);
-            let leg = &mut legs[member];
-            io.push(queue, WHOLE);
-            io.lba = lba + leg.offset;
-            leg.ready.push(id);
+            legs[place(io.lba).0].ready.push(id);
         } else {
             waiting.push_back(id);
         }
+    }
+    for leg in legs.iter_mut().filter(|leg| !leg.ready.is_empty()) {
+        let offset = leg.offset;
+        layer.pass_down_to(reactor, leg.below, queue, WHOLE, &leg.ready, |lba| place(lba).1 + offset);
+        leg.ready.clear();
     }
 }
 
 impl Channel for Striped {
     fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
         let Self { queue, layout, legs, waiting, .. } = self;
+        let into = (&mut legs[..], waiting);
         match layout {
             Layout::Strips { shift, members, power: Some(power) } => {
                 let (shift, mask, power) = (*shift, *members - 1, *power);
-                sort(layer, *queue, batch, legs, waiting, |lba| in_turn(lba, shift, |strip| (strip >> power, strip & mask)));
+                sort(layer, reactor, *queue, batch, into, |lba| in_turn(lba, shift, |strip| (strip >> power, strip & mask)));
             }
             Layout::Strips { shift, members, power: None } => {
                 let (shift, members) = (*shift, *members);
-                sort(layer, *queue, batch, legs, waiting, |lba| in_turn(lba, shift, |strip| (strip / members, strip % members)));
+                sort(layer, reactor, *queue, batch, into, |lba| in_turn(lba, shift, |strip| (strip / members, strip % members)));
             }
-            Layout::Concat(starts) => sort(layer, *queue, batch, legs, waiting, |lba| after_another(lba, starts)),
+            Layout::Concat(starts) => sort(layer, reactor, *queue, batch, into, |lba| after_another(lba, starts)),
         }
         if !self.waiting.is_empty() {
             self.start_waiting(layer);
+            self.send_parts(layer, reactor);
         }
-        self.send(layer, reactor);
     }
 
     #[inline]

@@ -39,9 +39,26 @@ impl Layer {
         true
     }
 
-    /// Passing down as [`all_plain`](Self::all_plain) submits: frames are pushed in the same pass. False: nothing has changed.
+    /// Some if what is plain for the channel whose queue this is, is so `shift` blocks further on below: then the mark ([`crate::Io::sized`]) of
+    /// I/Os that nobody wrote to since they were looked at.
     #[inline]
-    pub(super) fn all_pass(&mut self, below: ChannelId, queue: QueueId, tag: u64, shift: u64, batch: &[IoId]) -> bool {
+    pub(super) fn covers(&self, below: ChannelId, queue: QueueId, shift: u64) -> Option<u8> {
+        let Owner::Channel(above) = self.queues[queue.0 as usize].owner else { return None };
+        let (above, below) = (self.slot(above)?, self.slot(below)?);
+        check::covers(&below.info, &above.info, shift).then(|| below.info.block_size.trailing_zeros() as u8)
+    }
+
+    /// Passing down as [`all_plain`](Self::all_plain) submits: frames are pushed in the same pass. False: nothing has changed.
+    #[inline(always)]
+    pub(super) fn all_pass(
+        &mut self,
+        below: ChannelId,
+        queue: QueueId,
+        tag: u64,
+        batch: &[IoId],
+        covered: Option<u8>,
+        place: impl Fn(u64) -> u64,
+    ) -> bool {
         let Some(slot) = self.slots.get(below.0 as usize).and_then(Option::as_ref) else { return false };
         if slot.state != ChannelState::Open || !slot.waiting.is_empty() || !slot.gate.ranges.is_empty() || slot.room() < batch.len() {
             return false;
@@ -49,18 +66,11 @@ impl Layer {
         if slot.limits.is_some() {
             return false;
         }
-        let above = match self.queues[queue.0 as usize].owner {
-            Owner::Channel(above) => self.slot(above),
-            _ => None,
-        };
-        // What is plain above is then plain below; an I/O that somebody wrote to since is looked at all the same.
-        let covers = above.is_some_and(|above| check::covers(&slot.info, &above.info, shift));
-        let sized = if covers { slot.info.block_size.trailing_zeros() as u8 } else { u8::MAX };
-        let (submitted_ns, info) = (self.now_ns, &slot.info);
+        let (submitted_ns, info, sized) = (self.now_ns, &slot.info, covered.unwrap_or(u8::MAX));
         for (position, id) in batch.iter().enumerate() {
             let io = self.ios.get_mut(*id);
             let lba = io.lba;
-            io.lba = lba.wrapping_add(shift);
+            io.lba = place(lba);
             if io.state != State::Submitted || (io.sized != sized && !check::is_plain(info, io)) {
                 io.lba = lba;
                 lift(&mut self.ios, &batch[..position]);

@@ -40,16 +40,46 @@ impl Layer {
     /// Passes I/Os on to a channel below, `shift` blocks further on; they come back to `queue` with `tag`.
     #[inline]
     pub fn pass_down(&mut self, reactor: &mut Reactor, below: ChannelId, queue: QueueId, tag: u64, shift: u64, batch: &[IoId]) {
+        let covered = self.covers(below, queue, shift);
+        self.pass_on(reactor, below, queue, tag, batch, covered, |lba| lba.wrapping_add(shift));
+    }
+
+    /// As [`pass_down`](Self::pass_down), each to a place of its own: `place` tells where a block lies there. What comes back goes up with a shift of 0.
+    #[inline]
+    pub fn pass_down_to(
+        &mut self,
+        reactor: &mut Reactor,
+        below: ChannelId,
+        queue: QueueId,
+        tag: u64,
+        batch: &[IoId],
+        place: impl Fn(u64) -> u64,
+    ) {
+        self.pass_on(reactor, below, queue, tag, batch, None, place);
+    }
+
+    #[inline]
+    #[allow(clippy::too_many_arguments)]
+    fn pass_on(
+        &mut self,
+        reactor: &mut Reactor,
+        below: ChannelId,
+        queue: QueueId,
+        tag: u64,
+        batch: &[IoId],
+        covered: Option<u8>,
+        place: impl Fn(u64) -> u64,
+    ) {
         self.now_ns = reactor.now_ns();
-        if self.all_pass(below, queue, tag, shift, batch) {
+        if self.all_pass(below, queue, tag, batch, covered, &place) {
             return self.dispatch(reactor, below, batch);
         }
         for id in batch {
             let io = self.ios.get_mut(*id);
             io.push(queue, tag);
-            io.lba = io.lba.wrapping_add(shift);
+            io.lba = place(io.lba);
             if io.op == Op::Copy {
-                io.source_lba = io.source_lba.wrapping_add(shift);
+                io.source_lba = place(io.source_lba);
             }
         }
         self.submit(reactor, below, batch);
