@@ -31,6 +31,7 @@ async def test_bdev_get_bdevs_has_spdks_members_in_spdks_order(stack: Any) -> No
         ("claimed", False),
         ("zoned", False),
         ("driver_specific", {}),
+        ("qpair", {"bases": [], "claimed_by": None}),
     ]
     assert len(io_types) == 22
     assert [name for name in ("read", "write", "flush", "reset", "nvme_io", "zone_append") if io_types[name]] == [
