@@ -106,10 +106,10 @@ async def test_a_base_that_grows_or_shrinks_tells_those_above(stack: Any) -> Non
 
 async def test_a_stack_is_only_so_high(stack: Any) -> None:
     await stack.null("f0", "1MiB")
-    for floor in range(1, 8):
+    for floor in range(1, 10):
         await stack.rpc("bdev_passthru_create", name=f"f{floor}", base_bdev_name=f"f{floor - 1}")
-    with pytest.raises(InvalidArgument, match="base_bdev f7: at most 7 bdevs below a bdev"):
-        await stack.rpc("bdev_passthru_create", name="f8", base_bdev_name="f7")
+    with pytest.raises(InvalidArgument, match="base_bdev f9: at most 9 bdevs below a bdev"):
+        await stack.rpc("bdev_passthru_create", name="f10", base_bdev_name="f9")
 
 
 async def test_the_configuration_brings_the_stack_back(stack: Any, make_stack: Any, tmp_path: Any) -> None:
