@@ -13,7 +13,7 @@ use crate::{Clock, Config, Handle, Reactor, ReactorId, Turn};
 /// How deep turns may nest: who overtakes may be overtaken.
 const NESTING: u32 = 3;
 /// Steps after which [`World::settle`] gives up.
-const SETTLE_STEPS: u64 = 5_000_000;
+const SETTLE_STEPS: u64 = 20_000_000;
 
 /// What an actor does next.
 #[derive(Debug)]

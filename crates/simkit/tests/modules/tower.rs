@@ -176,7 +176,12 @@ impl Tower {
         let mut ops = vec![Op::Read, Op::Write, Op::Flush, Op::Reset];
         // A mirror that started without those that cannot unmap refuses them afterwards: then it is not whole again.
         ops.extend([Op::Unmap, Op::WriteZeroes].into_iter().filter(|_| self.wish.mirror || rng.chance(2, 3)));
-        info.supported = OpSet::of(&ops);
+        // All disks of a tower are alike in this: what is made anew on other members may do what it did, or clients would expect refusals in vain.
+        let before = self.floors.iter().find_map(|floor| match &floor.module {
+            Module::Disk(disk) => Some(disk.info.supported),
+            _ => None,
+        });
+        info.supported = before.unwrap_or_else(|| OpSet::of(&ops));
         SimDisk::new(info, Plan { delay_ns: *rng.pick(&[0, 20_000, 100_000]), ..Plan::default() })
     }
 
