@@ -341,6 +341,12 @@ impl Slab {
         io
     }
 
+    /// None for a stale name.
+    #[inline(always)]
+    pub(crate) fn find_mut(&mut self, id: IoId) -> Option<&mut Io> {
+        self.ios.get_mut(id.slot()).filter(|io| io.generation == id.generation)
+    }
+
     #[inline]
     pub(crate) fn is_current(&self, id: IoId) -> bool {
         self.ios.get(id.slot()).is_some_and(|io| io.generation == id.generation && io.state != State::Free)

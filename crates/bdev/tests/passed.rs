@@ -87,3 +87,32 @@ fn one_whose_range_outgrew_its_list_is_refused() {
 fn one_without_its_list_is_refused() {
     assert_eq!(outcome(|io| io.list.clear(), Op::Write), Status::INVALID_FIELD);
 }
+
+/// Ends what it gets twice.
+struct Twice;
+
+impl Device for Twice {
+    fn info(&self) -> Info {
+        Info::new("disk", "twice", 512, BLOCKS)
+    }
+
+    fn open(&self, _: &mut Reactor, _: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
+        Ok(Box::new(TwiceChannel(id)))
+    }
+}
+
+struct TwiceChannel(ChannelId);
+
+impl Channel for TwiceChannel {
+    fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        layer.complete_all(self.0, &[batch, batch].concat(), Status::SUCCESS);
+    }
+}
+
+#[test]
+fn what_a_module_ends_twice_ends_once_and_the_module_is_let_go() {
+    let rig = Rig::new(drivers()[0], 1);
+    rig.registry.register(Arc::new(Twice)).unwrap();
+    assert_eq!(one(&rig, Op::Read, 0, 8), Status::SUCCESS);
+    rig.finish("disk");
+}

@@ -1,7 +1,8 @@
 //! The common case, whole batches in one pass: submitted as they are, completed alike, and given back.
 //!
 //! What is done here is exactly what `submit_slowly`, `complete`, `pass_down`, `pass_rest` and `retrieve` do one I/O at a time, with the look-ups of channel, queue and
-//! waker made once. Whatever is not common goes there.
+//! waker made once. Whatever is not common goes there; so does what a module may not do (a stale name, an I/O that has ended already): nothing here panics, or what was
+//! looked at before in the same batch would be nobody's.
 
 use qpair_wire::nvme::Status;
 
@@ -19,11 +20,11 @@ impl Layer {
             return false;
         }
         for (position, id) in batch.iter().enumerate() {
-            let io = self.ios.get_mut(*id);
-            if !io.may_be_submitted() || !check::is_plain(&slot.info, io) {
+            let found = self.ios.find_mut(*id).filter(|io| io.may_be_submitted() && check::is_plain(&slot.info, io));
+            let Some(io) = found else {
                 take_back(&mut self.ios, &batch[..position]);
                 return false;
-            }
+            };
             io.state = State::Submitted;
             io.sized = slot.info.block_size.trailing_zeros() as u8;
             let frame = io.frame_mut();
@@ -68,10 +69,13 @@ impl Layer {
         }
         let (submitted_ns, info, sized) = (self.now_ns, &slot.info, covered.unwrap_or(u8::MAX));
         for (position, id) in batch.iter().enumerate() {
-            let io = self.ios.get_mut(*id);
+            let Some(io) = self.ios.find_mut(*id).filter(|io| io.state == State::Submitted) else {
+                lift(&mut self.ios, &batch[..position]);
+                return false;
+            };
             let lba = io.lba;
             io.lba = place(lba);
-            if io.state != State::Submitted || (io.sized != sized && !check::is_plain(info, io)) {
+            if io.sized != sized && !check::is_plain(info, io) {
                 io.lba = lba;
                 lift(&mut self.ios, &batch[..position]);
                 return false;
@@ -95,16 +99,16 @@ impl Layer {
             return 0;
         }
         let (queue, mut run) = (io.frames[usize::from(io.depth) - 2].queue, Run::of(io.op));
-        let place = &mut self.queues[queue.0 as usize];
+        let place = &self.queues[queue.0 as usize];
         if !matches!(place.owner, Owner::FrontEnd(_) | Owner::Channel(_)) {
             return 0;
         }
-        let was_empty = place.entries.is_empty();
         let (shift, now_ns) = (slot.info.block_size.trailing_zeros(), self.now_ns);
         let mut done = 0;
         for id in batch {
-            let io = self.ios.get_mut(*id);
+            let Some(io) = self.ios.find_mut(*id) else { break };
             let plain = matches!(io.op, Op::Read | Op::Write)
+                && io.state == State::Done
                 && io.depth > 1
                 && !io.flags.intersects(IoFlags::SPLIT | IoFlags::CHILD | IoFlags::AWAITED | IoFlags::EMULATED);
             if !plain {
@@ -115,24 +119,36 @@ impl Layer {
             if frame.queue != queue || frame.channel != above {
                 break;
             }
-            assert!(io.state == State::Done, "I/O passed up in state {:?}", io.state);
             run.book(&mut slot.stats, io.op, io.blocks << shift, now_ns.saturating_sub(frame.submitted_ns), io.status);
             io.lba = io.frames[depth].lba;
             io.depth = depth as u8;
             done += 1;
         }
-        place.entries.extend_from_slice(&batch[..done]);
-        run.end(&mut slot.stats);
-        slot.inflight -= done as u32;
+        self.end_run(above, queue, &batch[..done], run);
+        done
+    }
+
+    /// Books a run of I/Os that ended, and tells who reaps them.
+    #[inline(always)]
+    fn end_run(&mut self, channel: ChannelId, queue: QueueId, ended: &[IoId], run: Run) {
+        if ended.is_empty() {
+            return;
+        }
+        if let Some(slot) = &mut self.slots[channel.0 as usize] {
+            run.end(&mut slot.stats);
+            slot.inflight -= ended.len() as u32;
+        }
+        let place = &mut self.queues[queue.0 as usize];
+        let was_empty = place.entries.is_empty();
+        place.entries.extend_from_slice(ended);
         match &place.owner {
             Owner::FrontEnd(waker) => waker.wake(),
-            _ if was_empty && done > 0 => {
+            _ if was_empty => {
                 self.inner_ready.push(queue);
                 self.call_settler();
             }
             _ => {}
         }
-        done
     }
 
     /// Ends I/Os of one channel alike, as [`complete`](Self::complete) does one.
@@ -150,20 +166,18 @@ impl Layer {
         let (Some(first), Some(Some(slot))) = (batch.first(), self.slots.get_mut(channel.0 as usize)) else { return 0 };
         let io = self.ios.get(*first);
         let (queue, mut run) = (io.frame().queue, Run::of(io.op));
-        let place = &mut self.queues[queue.0 as usize];
+        let place = &self.queues[queue.0 as usize];
         if !slot.is_calm() || !matches!(place.owner, Owner::FrontEnd(_) | Owner::Channel(_)) {
             return 0;
         }
-        let first = place.entries.is_empty();
         let shift = slot.info.block_size.trailing_zeros();
         let mut done = 0;
         for id in batch {
-            let io = self.ios.get_mut(*id);
+            let Some(io) = self.ios.find_mut(*id).filter(|io| io.state == State::Submitted) else { break };
             let frame = io.frame();
             if frame.queue != queue || frame.channel != channel || io.flags.intersects(IoFlags::SPLIT | IoFlags::CHILD | IoFlags::AWAITED) {
                 break;
             }
-            assert!(io.state == State::Submitted, "I/O completed in state {:?}", io.state);
             let elapsed_ns = self.now_ns.saturating_sub(frame.submitted_ns);
             (io.state, io.status) = (State::Done, status);
             run.book(&mut slot.stats, io.op, io.blocks << shift, elapsed_ns, status);
@@ -172,17 +186,7 @@ impl Layer {
             }
             done += 1;
         }
-        place.entries.extend_from_slice(&batch[..done]);
-        run.end(&mut slot.stats);
-        slot.inflight -= done as u32;
-        match &place.owner {
-            Owner::FrontEnd(waker) => waker.wake(),
-            _ if first && done > 0 => {
-                self.inner_ready.push(queue);
-                self.call_settler();
-            }
-            _ => {}
-        }
+        self.end_run(channel, queue, &batch[..done], run);
         done
     }
 

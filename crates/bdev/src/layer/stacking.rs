@@ -74,6 +74,10 @@ impl Layer {
         if self.all_pass(below, queue, tag, batch, covered, &place) {
             return self.dispatch(reactor, below, batch);
         }
+        // A stale name is found before anything is touched.
+        for id in batch {
+            self.ios.get(*id);
+        }
         for id in batch {
             let io = self.ios.get_mut(*id);
             io.push(queue, tag);
