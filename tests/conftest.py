@@ -26,13 +26,6 @@ try:
 except ImportError as error:
     pytest.exit(f"the engine is not built: run `make engine` ({error})", returncode=pytest.ExitCode.USAGE_ERROR)
 
-ENGINE_KIND = "real"
-
-
-@pytest.fixture
-def engine_kind() -> str:
-    return ENGINE_KIND
-
 
 @pytest.fixture
 def engine_factory() -> Callable[..., Any]:

@@ -42,9 +42,9 @@ async def test_a_thread_has_a_channel_of_each_bdev_that_is_used_on_it(stack: Any
     assert (await stack.rpc("thread_get_io_channels"))["threads"][0]["io_channels"] == []
 
 
-async def test_thread_set_cpumask_binds_the_thread_that_stats_name(make_stack: Any, engine_kind: str) -> None:
+async def test_thread_set_cpumask_binds_the_thread_that_stats_name(make_stack: Any) -> None:
     usable = sorted(os.sched_getaffinity(0))[:2]
-    if engine_kind == "double" or len(usable) < 2:
+    if len(usable) < 2:
         pytest.skip("two cores and the real engine are needed")
     async with make_stack(cores=usable, pin=True) as stack:
         first, second = (await stack.rpc("thread_get_stats"))["threads"]

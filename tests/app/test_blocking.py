@@ -32,12 +32,6 @@ def blocking(engine_factory: Callable[..., Any], tmp_path: Path) -> Iterator[Blo
         yield stack
 
 
-@pytest.fixture
-def real_engine(engine_kind: str) -> None:
-    if engine_kind != "real":
-        pytest.skip("needs the compiled engine")
-
-
 # What is of the loop itself, and has no meaning elsewhere.
 NOT_TWINNED = {Stack: {"engine", "bridge"}}
 
@@ -178,7 +172,7 @@ def test_iteration_ends_with_the_stack_after_what_was_told(engine_factory: Calla
     assert list(unread) == []
 
 
-def test_a_run_is_watched_and_stopped(blocking: BlockingStack, real_engine: None) -> None:
+def test_a_run_is_watched_and_stopped(blocking: BlockingStack) -> None:
     run = blocking.perf(blocking.null("n0", "1GiB"), seconds=30, depth=4)
     seen = []
     for snapshot in run.progress(0.05):
@@ -189,7 +183,7 @@ def test_a_run_is_watched_and_stopped(blocking: BlockingStack, real_engine: None
     assert run.result().ios >= seen[-1] > 0
 
 
-def test_an_export_is_a_context_manager(blocking: BlockingStack, tmp_path: Path, real_engine: None) -> None:
+def test_an_export_is_a_context_manager(blocking: BlockingStack, tmp_path: Path) -> None:
     blocking.malloc("m0", "1MiB")
     with blocking.export("m0", "m0.sock") as controller:
         assert controller.socket == str(tmp_path / "m0.sock")
@@ -277,7 +271,7 @@ class Asking(Bdev):
             self.refusal = error
 
 
-def test_a_blocking_call_on_the_control_thread_is_refused(blocking: BlockingStack, real_engine: None) -> None:
+def test_a_blocking_call_on_the_control_thread_is_refused(blocking: BlockingStack) -> None:
     bdev = Asking()
     bdev.stack = blocking
     assert blocking.add(bdev).read(0, 512) == bytes(512)
@@ -325,7 +319,7 @@ def test_a_disk_keeps_its_stack(engine_factory: Callable[..., Any]) -> None:
     disk._owner.stop()
 
 
-def script(body: str, *, engine_kind: str) -> subprocess.Popen[str]:
+def script(body: str) -> subprocess.Popen[str]:
     """``body`` as a program, with BlockingStack on the engine under test."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     return subprocess.Popen(
@@ -334,7 +328,7 @@ def script(body: str, *, engine_kind: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_ctrl_c_ends_a_call_that_waits_and_leaves_cleanly(engine_kind: str, real_engine: None) -> None:
+def test_ctrl_c_ends_a_call_that_waits_and_leaves_cleanly() -> None:
     body = """
 with qpair.BlockingStack(cores=CORE, pin=False) as stack:
     disk = stack.null("n0", "1GiB")
@@ -345,7 +339,7 @@ with qpair.BlockingStack(cores=CORE, pin=False) as stack:
         print("interrupted, and", disk.size_bytes, "bytes are still there")
 print("stopped:", stack.state)
 """
-    process = script(body, engine_kind=engine_kind)
+    process = script(body)
     assert process.stdout is not None
     assert process.stdout.readline() == "measuring\n"
     time.sleep(0.3)
@@ -354,9 +348,7 @@ print("stopped:", stack.state)
     assert (process.returncode, out) == (0, "interrupted, and 1073741824 bytes are still there\nstopped: stopped\n"), err
 
 
-def test_a_script_that_forgets_to_stop_ends_all_the_same(engine_kind: str) -> None:
-    process = script(
-        "stack = qpair.BlockingStack(cores=CORE, pin=False).start()\nprint(stack.malloc('m0', '1MiB').size_bytes)", engine_kind=engine_kind
-    )
+def test_a_script_that_forgets_to_stop_ends_all_the_same() -> None:
+    process = script("stack = qpair.BlockingStack(cores=CORE, pin=False).start()\nprint(stack.malloc('m0', '1MiB').size_bytes)")
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "1048576\n"), err

@@ -11,10 +11,8 @@ from vbdevs import SPDK_RPC, Spdk
 
 
 @pytest.fixture
-def spdk(server: Any, client: Any, socket_path: str, engine_kind: str) -> Spdk:
+def spdk(server: Any, client: Any, socket_path: str) -> Spdk:
     """``spdk-rpc`` on the running stack."""
-    if engine_kind != "real":
-        pytest.skip("the double has no stacked bdevs")
     if not SPDK_RPC.exists():
         missing("spdk-rpc", "pip install spdk")
     return Spdk(client, socket_path)

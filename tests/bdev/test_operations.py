@@ -13,9 +13,7 @@ PATTERN = bytes(range(256)) * 16
 
 
 @pytest.fixture(params=["malloc", "file"])
-async def disk(stack: Any, engine_kind: str, request: Any, tmp_path: Any) -> Any:
-    if engine_kind != "real":
-        pytest.skip("operations are the engine's")
+async def disk(stack: Any, request: Any, tmp_path: Any) -> Any:
     if request.param == "malloc":
         return await stack.malloc("disk", "1MiB")
     return await stack.file("disk", tmp_path / "disk.img", size="1MiB", block_size=512)
@@ -78,9 +76,7 @@ async def test_a_reader_may_compare_but_not_copy(disk: Any) -> None:
 
 
 @pytest.fixture
-async def with_metadata(stack: Any, engine_kind: str) -> Any:
-    if engine_kind != "real":
-        pytest.skip("metadata are the engine's")
+async def with_metadata(stack: Any) -> Any:
     await stack.rpc("bdev_malloc_create", name="m0", num_blocks=2048, block_size=512, md_size=8)
     await stack.rpc("bdev_passthru_create", name="p0", base_bdev_name="m0")
     return stack.bdevs.handle("p0")
@@ -118,8 +114,6 @@ async def test_metadata_that_a_bdev_has_not_are_refused(disk: Any) -> None:
         ({"md_size": 8, "dif_type": 1}, "'dif_type': 1"),
     ],
 )
-async def test_kinds_of_metadata_that_are_not_there_are_refused_by_name(stack: Any, engine_kind: str, params: Any, reason: str) -> None:
-    if engine_kind != "real":
-        pytest.skip("metadata are the engine's")
+async def test_kinds_of_metadata_that_are_not_there_are_refused_by_name(stack: Any, params: Any, reason: str) -> None:
     with pytest.raises(InvalidArgument, match=reason):
         await stack.rpc("bdev_malloc_create", num_blocks=8, block_size=512, **params)

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from conftest import ENGINE_KIND
 from qpair.errors import QpairError
 
 DOCS = Path(__file__).parents[2] / "docs" / "python-bdevs.md"
@@ -141,7 +140,6 @@ async def test_the_network_disk_on_a_server_that_fails_and_goes(stack: Any) -> N
         await stack.delete("net0")
 
 
-@pytest.mark.skipif(ENGINE_KIND != "real", reason="filters are the compiled engine's: run `make engine`")
 async def test_the_fault_injector(stack: Any) -> None:
     await stack.malloc("disk0", "1MiB")
     faults = program("Faults")("bad0", fail_every=10, slow_at=4096, seconds=0.05)
@@ -159,7 +157,6 @@ async def test_the_fault_injector(stack: Any) -> None:
     assert faults.seen["read"] == 32
 
 
-@pytest.mark.skipif(ENGINE_KIND != "real", reason="shared memory needs the compiled engine: run `make engine`")
 async def test_the_compressed_disk_in_a_process(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = [text for text in PROGRAMS if "class Compressed(" in text]
     (tmp_path / "mymodule.py").write_text(text)

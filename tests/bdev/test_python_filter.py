@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-from conftest import ENGINE_KIND
 from qpair import Bdev, Filter, FilterRequest, Request
 from qpair.errors import Busy, InvalidArgument, QpairError
-
-pytestmark = pytest.mark.skipif(ENGINE_KIND != "real", reason="filters are the compiled engine's: run `make engine`")
 
 
 @pytest.fixture(autouse=True)

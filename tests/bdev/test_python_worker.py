@@ -17,10 +17,7 @@ from typing import Any
 import pytest
 
 import qpair
-from conftest import ENGINE_KIND
 from qpair.errors import AlreadyExists, InvalidArgument, NoSuchBdev, QpairError
-
-pytestmark = pytest.mark.skipif(ENGINE_KIND != "real", reason="shared memory needs the compiled engine: run `make engine`")
 
 DISKS = '''
 import asyncio, ctypes, mmap, os, signal, sys, time

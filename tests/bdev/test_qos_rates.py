@@ -26,10 +26,8 @@ MIB = 1 << 20
 
 
 @pytest_asyncio.fixture
-async def two(make_stack: Callable[..., Any], engine_kind: str) -> AsyncIterator[Any]:
+async def two(make_stack: Callable[..., Any]) -> AsyncIterator[Any]:
     """A stack on two reactors, with two disks."""
-    if engine_kind != "real":
-        pytest.skip("needs the compiled engine")
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         pytest.skip("needs two processors")

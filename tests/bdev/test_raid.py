@@ -21,12 +21,6 @@ VECTORS = Path(__file__).parents[1] / "vectors" / "raid"
 BLOCK = 512
 
 
-@pytest.fixture(autouse=True)
-def real_engine(engine_kind: str) -> None:
-    if engine_kind != "real":
-        pytest.skip("arrays are the engine's")
-
-
 async def array(stack: Any, name: str = "r0") -> dict[str, Any]:
     (found,) = [found for found in await stack.rpc("bdev_raid_get_bdevs", category="all") if found["name"] == name]
     return dict(found)

@@ -16,12 +16,6 @@ BLOCK = 512
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def real_engine(engine_kind: str) -> None:
-    if engine_kind != "real":
-        pytest.skip("arrays are the engine's")
-
-
 async def array(stack: Any) -> dict[str, Any]:
     (found,) = await stack.rpc("bdev_raid_get_bdevs", category="all")
     return dict(found)

@@ -12,12 +12,6 @@ from qpair.errors import AlreadyExists, Busy, InvalidArgument, NoSuchBdev, NoSuc
 UUID = "5a0e6f0c-5a8c-4a8c-9d1b-2a6b7a1f6f11"
 
 
-@pytest.fixture(autouse=True)
-def real_engine(engine_kind: str) -> None:
-    if engine_kind != "real":
-        pytest.skip("stacking is the engine's")
-
-
 async def names(stack: Any) -> list[str]:
     return [bdev["name"] for bdev in await stack.rpc("bdev_get_bdevs")]
 

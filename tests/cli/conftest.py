@@ -87,13 +87,6 @@ async def shell(serve: Any, qpair_command: list[str], client: Any, socket_path: 
     return Shell(qpair_command, client, socket_path)
 
 
-@pytest.fixture
-def real_engine(engine_kind: str) -> None:
-    """For tests that need the compiled engine."""
-    if engine_kind != "real":
-        pytest.skip("needs the compiled engine")
-
-
 class Terminal:
     """A command on a terminal of its own."""
 

@@ -22,7 +22,6 @@ from qpair.cli.targets import attach
 from qpair.errors import InvalidArgument, IoFailed, NoSpace
 
 MIB = 1 << 20
-pytestmark = pytest.mark.usefixtures("real_engine")
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ async def perf(client: Any, qpair_command: list[str], *arguments: str) -> tuple[
     return answer
 
 
-async def test_the_engines_histogram_agrees_with_its_own_percentiles(client: Any, qpair_command: list[str], real_engine: None) -> None:
+async def test_the_engines_histogram_agrees_with_its_own_percentiles(client: Any, qpair_command: list[str]) -> None:
     code, out, err = await perf(client, qpair_command, "null:1GiB", "-t", "1", "-i", "0.1", "-q", "8", "--json")
     assert code == 0, err
     told = json.loads(out)
@@ -135,7 +135,7 @@ async def test_the_engines_histogram_agrees_with_its_own_percentiles(client: Any
     assert counted == pytest.approx(told["ios"], rel=0.15)
 
 
-async def test_a_picture_says_what_was_measured(client: Any, qpair_command: list[str], tmp_path: Path, real_engine: None) -> None:
+async def test_a_picture_says_what_was_measured(client: Any, qpair_command: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for kind, begins in ((".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")):
         picture = tmp_path / f"p{kind}"

@@ -203,7 +203,7 @@ async def test_it_works_with_spdks_own_answers(spdk_like: str, client: Any, qpai
     assert len({line.index("512") for line in out.splitlines() if "512" in line}) == 1, "columns stand below each other"
 
 
-async def test_the_tree_of_a_running_server(shell: Shell, tmp_path: Path, real_engine: None) -> None:
+async def test_the_tree_of_a_running_server(shell: Shell, tmp_path: Path) -> None:
     for name in ("m0", "m1"):
         await shell.rpc("bdev_malloc_create", name=name, num_blocks=131072, block_size=512)
     await shell.rpc("bdev_passthru_create", name="p0", base_bdev_name="m0")
@@ -244,7 +244,7 @@ async def test_the_tree_of_a_running_server(shell: Shell, tmp_path: Path, real_e
     assert told["m0"]["rates"] == {"read_iops": 0.0, "write_iops": 0.0, "read_mb_per_s": 0.0, "write_mb_per_s": 0.0}
 
 
-async def test_rates_are_those_of_the_load(shell: Shell, qpair_command: list[str], tmp_path: Path, real_engine: None) -> None:
+async def test_rates_are_those_of_the_load(shell: Shell, qpair_command: list[str], tmp_path: Path) -> None:
     await shell.rpc("bdev_null_create", name="n0", num_blocks=1 << 20, block_size=512)
     await shell.rpc("vhost_create_blk_controller", ctrlr="n0.sock", dev_name="n0")
     load = await asyncio.create_subprocess_exec(

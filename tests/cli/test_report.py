@@ -70,7 +70,7 @@ async def test_rpc_prints_json_alone_where_asked(shell: Shell) -> None:
     assert json.loads(out)["error"]["hints"] == ["its parameters: qpair rpc bdev_malloc_create --help"]
 
 
-async def test_the_bdev_of_a_perf_target_is_the_servers(shell: Shell, real_engine: None) -> None:
+async def test_the_bdev_of_a_perf_target_is_the_servers(shell: Shell) -> None:
     await shell.rpc("bdev_malloc_create", name="disk0", num_blocks=8192, block_size=512)
     code, out, err = await shell("perf", "bdev:disk0", "--ios", "200", "--cores", CORE, "--json")
     assert code == 0, err + out

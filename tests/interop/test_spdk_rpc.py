@@ -20,13 +20,11 @@ UUID = "5b6a5f0e-7f0a-4b5c-9f33-2f6f0a3f1a1"
 
 
 @pytest.fixture
-def spdk_rpc(client: Any, server: Any, socket_path: str, engine_kind: str) -> Run:
+def spdk_rpc(client: Any, server: Any, socket_path: str) -> Run:
     """What a command printed, as JSON where it is JSON; with ``refused`` it must fail."""
     program = shutil.which("spdk-rpc", path=str(Path(sys.executable).parent))
     if program is None:
         missing("spdk-rpc", "pip install spdk")
-    if engine_kind != "real":
-        pytest.skip("needs the compiled engine")
 
     async def run(*words: str, address: str = socket_path, stdin: Any = None, refused: bool = False) -> Any:
         text = None if stdin is None else json.dumps(stdin).encode()

@@ -64,10 +64,8 @@ KINDS = [
 
 @pytest.mark.parametrize(("method", "params", "made", "bases", "module"), KINDS, ids=[kind[4] for kind in KINDS])
 async def test_each_kind_says_what_it_stands_on_and_its_bases_who_claimed_them(
-    stack: Any, engine_kind: str, method: str, params: dict[str, Any], made: list[str], bases: list[str], module: str
+    stack: Any, method: str, params: dict[str, Any], made: list[str], bases: list[str], module: str
 ) -> None:
-    if engine_kind != "real":
-        pytest.skip("claims are the engine's")
     for name in ("m0", "m1", "alone"):
         await stack.malloc(name, "4MiB")
     await stack.rpc(method, **params)
@@ -83,9 +81,7 @@ async def test_each_kind_says_what_it_stands_on_and_its_bases_who_claimed_them(
     assert list(shown["m0"]) == [*MEMBERS[: MEMBERS.index("zoned")], "claim_type", *MEMBERS[MEMBERS.index("zoned") :], "qpair"]
 
 
-async def test_a_claim_that_is_given_back_is_no_longer_shown(stack: Any, engine_kind: str) -> None:
-    if engine_kind != "real":
-        pytest.skip("claims are the engine's")
+async def test_a_claim_that_is_given_back_is_no_longer_shown(stack: Any) -> None:
     await stack.malloc("m0", "4MiB")
     await stack.rpc("bdev_passthru_create", name="top", base_bdev_name="m0")
     await stack.rpc("bdev_passthru_delete", name="top")
