@@ -31,7 +31,7 @@ impl Device for Passthru {
 
     fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
         let below = layer.open_base(reactor, id, &self.base)?;
-        Ok(Box::new(PassthruChannel { id, below, queue: layer.add_inner_queue(id) }))
+        Ok(Box::new(PassthruChannel { id, below, queue: layer.add_straight_queue(id) }))
     }
 
     fn base_resized(&self, base: &Info) -> Option<u64> {

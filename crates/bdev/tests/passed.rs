@@ -5,6 +5,7 @@ mod common {
 }
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::real::{Rig, drivers, one};
 use qpair_bdev::malloc::Malloc;
@@ -86,6 +87,61 @@ fn one_whose_range_outgrew_its_list_is_refused() {
 #[test]
 fn one_without_its_list_is_refused() {
     assert_eq!(outcome(|io| io.list.clear(), Op::Write), Status::INVALID_FIELD);
+}
+
+/// Passes everything down by a straight queue, and counts what its channels are shown all the same.
+struct Straight {
+    info: Info,
+    base: Descriptor,
+    shown: Arc<AtomicU64>,
+}
+
+impl Device for Straight {
+    fn info(&self) -> Info {
+        self.info.clone()
+    }
+
+    fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
+        let below = layer.open_base(reactor, id, &self.base)?;
+        Ok(Box::new(StraightChannel { id, below, queue: layer.add_straight_queue(id), shown: self.shown.clone() }))
+    }
+}
+
+struct StraightChannel {
+    id: ChannelId,
+    below: ChannelId,
+    queue: QueueId,
+    shown: Arc<AtomicU64>,
+}
+
+impl Channel for StraightChannel {
+    fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
+        layer.pass_down(reactor, self.below, self.queue, 0, 0, batch);
+    }
+
+    fn completed(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        self.shown.fetch_add(batch.len() as u64, Ordering::Relaxed);
+        layer.pass_up(self.id, 0, batch);
+    }
+}
+
+#[test]
+fn only_what_is_not_plain_is_shown_to_a_module_whose_queue_is_straight() {
+    let rig = Rig::new(drivers()[0], 1);
+    rig.registry.register(Arc::new(Malloc::new("base", 512, BLOCKS, None, 0, 0).unwrap())).unwrap();
+    let shown = Arc::new(AtomicU64::new(0));
+    for (name, below) in [("middle", "base"), ("disk", "middle")] {
+        let base = rig.registry.open_base(below, "straight").unwrap();
+        let info = Info::over(&base.info().unwrap(), name, "straight");
+        rig.registry.register(Arc::new(Straight { info, base, shown: shown.clone() })).unwrap();
+    }
+    for (op, expected) in [(Op::Read, 0), (Op::Write, 0), (Op::Unmap, 2), (Op::WriteZeroes, 2), (Op::Read, 0)] {
+        assert_eq!(one(&rig, op, 8, 8), Status::SUCCESS);
+        assert_eq!(shown.swap(0, Ordering::Relaxed), expected, "{op:?} over two floors");
+    }
+    // A refusal of the base goes up like any end.
+    assert_eq!(one(&rig, Op::Read, BLOCKS, 8), Status::LBA_OUT_OF_RANGE);
+    ["disk", "middle", "base"].into_iter().for_each(|name| rig.remove(name));
 }
 
 /// Ends what it gets twice.

@@ -1,9 +1,9 @@
 //! One reactor's channel to an array without redundancy: strips in turn (raid0), or member after member (concat).
 //!
 //! How it works. The layer splits reads and writes at the strip, so that each lies on one member: it is moved there and passed down as it is. A batch is sorted by
-//! member in one pass, with the array's shape in registers, and goes down in one call a member; what came back goes up in one run. What has no data (flush,
-//! unmap, write-zeroes) may concern several members: each gets its part of the range, by I/Os reserved when the channel was opened, and the first error is the
-//! whole's.
+//! member in one pass, with the array's shape in registers, and goes down in one call a member. What came back goes up in one run; a batch that came back whole, in the
+//! order in which it was submitted: who uses requests and buffers again goes on to find them in a row, and so do the caches. What has no data (flush, unmap, write-zeroes) may
+//! concern several members: each gets its part of the range, by I/Os reserved when the channel was opened, and the first error is the whole's.
 //!
 //! Limits: [`FANNED_MAX`] I/Os fanned out at once on a channel, the rest wait here.
 
@@ -50,6 +50,10 @@ pub(crate) struct Striped {
     /// How many of those are under way.
     busy: usize,
     waiting: VecDeque<IoId>,
+    /// How many are below as they are.
+    out: usize,
+    /// Those, in their order, if they came in one batch; else nothing.
+    sent: Vec<IoId>,
 }
 
 impl Striped {
@@ -71,6 +75,8 @@ impl Striped {
             fanned: (0..FANNED_MAX).map(|_| vacant()).collect(),
             busy: 0,
             waiting: VecDeque::with_capacity(BATCH),
+            out: 0,
+            sent: Vec::with_capacity(BATCH),
         })
     }
 
@@ -143,6 +149,7 @@ impl Striped {
             if whole == 0 {
                 self.part_done(layer, *first);
             } else {
+                self.out -= whole;
                 layer.pass_up(self.id, 0, &rest[..whole]);
             }
             rest = &rest[whole.max(1)..];
@@ -152,7 +159,7 @@ impl Striped {
     }
 }
 
-/// Passes reads and writes down, sorted by member, and puts everything else with what waits.
+/// Passes reads and writes down, sorted by member, and puts everything else with what waits; how many went down.
 #[inline(always)]
 fn sort(
     layer: &mut Layer,
@@ -161,7 +168,8 @@ fn sort(
     batch: &[IoId],
     (legs, waiting): (&mut [Leg], &mut VecDeque<IoId>),
     place: impl Fn(u64) -> (usize, u64),
-) {
+) -> usize {
+    let waited = waiting.len();
     for &id in batch {
         let io = layer.io(id);
         if matches!(io.op, Op::Read | Op::Write) {
@@ -175,23 +183,29 @@ fn sort(
         layer.pass_down_to(reactor, leg.below, queue, WHOLE, &leg.ready, |lba| place(lba).1 + offset);
         leg.ready.clear();
     }
+    batch.len() - (waiting.len() - waited)
 }
 
 impl Channel for Striped {
     fn submit(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
         let Self { queue, layout, legs, waiting, .. } = self;
         let into = (&mut legs[..], waiting);
-        match layout {
+        let whole = match layout {
             Layout::Strips { shift, members, power: Some(power) } => {
                 let (shift, mask, power) = (*shift, *members - 1, *power);
-                sort(layer, reactor, *queue, batch, into, |lba| in_turn(lba, shift, |strip| (strip >> power, strip & mask)));
+                sort(layer, reactor, *queue, batch, into, |lba| in_turn(lba, shift, |strip| (strip >> power, strip & mask)))
             }
             Layout::Strips { shift, members, power: None } => {
                 let (shift, members) = (*shift, *members);
-                sort(layer, reactor, *queue, batch, into, |lba| in_turn(lba, shift, |strip| (strip / members, strip % members)));
+                sort(layer, reactor, *queue, batch, into, |lba| in_turn(lba, shift, |strip| (strip / members, strip % members)))
             }
             Layout::Concat(starts) => sort(layer, reactor, *queue, batch, into, |lba| after_another(lba, starts)),
+        };
+        self.sent.clear();
+        if self.out == 0 && whole == batch.len() {
+            self.sent.extend_from_slice(batch);
         }
+        self.out += whole;
         if !self.waiting.is_empty() {
             self.start_waiting(layer);
             self.send_parts(layer, reactor);
@@ -201,7 +215,9 @@ impl Channel for Striped {
     #[inline]
     fn completed(&mut self, layer: &mut Layer, reactor: &mut Reactor, batch: &[IoId]) {
         if self.busy == 0 {
-            layer.pass_up(self.id, 0, batch);
+            self.out -= batch.len();
+            let in_order = self.out == 0 && batch.len() == self.sent.len();
+            layer.pass_up(self.id, 0, if in_order { &self.sent } else { batch });
         } else {
             self.merge(layer, reactor, batch);
         }

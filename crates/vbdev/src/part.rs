@@ -72,7 +72,7 @@ impl Device for Part {
     fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
         let below = layer.open_base(reactor, id, &self.base)?;
         let zoned = self.info.zoned.is_some();
-        Ok(Box::new(PartChannel { id, below, queue: layer.add_inner_queue(id), shift: self.offset_blocks, zoned }))
+        Ok(Box::new(PartChannel { id, below, queue: layer.add_straight_queue(id), shift: self.offset_blocks, zoned }))
     }
 }
 

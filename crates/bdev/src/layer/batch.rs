@@ -138,6 +138,10 @@ impl Layer {
             run.end(&mut slot.stats);
             slot.inflight -= ended.len() as u32;
         }
+        let ended = if self.queues[queue.0 as usize].straight { self.go_straight(queue, ended) } else { ended };
+        if ended.is_empty() {
+            return;
+        }
         let place = &mut self.queues[queue.0 as usize];
         let was_empty = place.entries.is_empty();
         place.entries.extend_from_slice(ended);
@@ -149,6 +153,17 @@ impl Layer {
             }
             _ => {}
         }
+    }
+
+    /// Has what ended below end for whoever is above the channel whose queue this is, up to the first that is not plain; what is left. It goes up as
+    /// many floors as are straight, one call a floor.
+    #[inline(never)]
+    fn go_straight<'a>(&mut self, queue: QueueId, ended: &'a [IoId]) -> &'a [IoId] {
+        let Owner::Channel(above) = self.queues[queue.0 as usize].owner else { return ended };
+        if self.slot(above).is_none_or(|slot| slot.gone) {
+            return ended;
+        }
+        &ended[self.pass_run(above, ended)..]
     }
 
     /// Ends I/Os of one channel alike, as [`complete`](Self::complete) does one.

@@ -66,6 +66,8 @@ struct Queue {
     owner: Owner,
     /// Whose I/O comes here, for time-outs; 0: nobody's.
     descriptor: u64,
+    /// Plain I/Os go on to whoever is above without a call of [`Channel::completed`].
+    straight: bool,
 }
 
 /// Whether a channel takes I/O.
@@ -242,8 +244,16 @@ impl Layer {
         self.new_queue(Owner::Channel(channel))
     }
 
+    /// As [`add_inner_queue`](Self::add_inner_queue), for what the channel would only [`pass_up`](Self::pass_up): reads and writes go up as soon as they
+    /// end, while their lines are in the cache. All else comes to [`Channel::completed`].
+    pub fn add_straight_queue(&mut self, channel: ChannelId) -> QueueId {
+        let queue = self.add_inner_queue(channel);
+        self.queues[queue.0 as usize].straight = true;
+        queue
+    }
+
     fn new_queue(&mut self, owner: Owner) -> QueueId {
-        let queue = Queue { entries: Vec::with_capacity(256), owner, descriptor: 0 };
+        let queue = Queue { entries: Vec::with_capacity(256), owner, descriptor: 0, straight: false };
         let free = (0..self.queues.len()).find(|index| {
             let Queue { owner, entries, .. } = &self.queues[*index];
             matches!(owner, Owner::Nobody) && entries.is_empty() && !self.ios.names_queue(QueueId(*index as u32))

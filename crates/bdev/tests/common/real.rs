@@ -101,6 +101,10 @@ impl Rig {
     }
 
     pub fn finish(self, name: &str) {
+        self.remove(name);
+    }
+
+    pub fn remove(&self, name: &str) {
         let (reply, wait) = mpsc::channel();
         lifecycle::unregister(&self.registry, name, 0, Box::new(move |outcome| reply.send(outcome).unwrap()));
         wait.recv_timeout(std::time::Duration::from_secs(20)).unwrap().unwrap();
