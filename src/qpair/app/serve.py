@@ -1,7 +1,7 @@
 """The life of a serving process: ``qpair serve``.
 
 How it works: reactors, then the configuration's startup calls, then (unless it waits for framework_start_init) the subsystems and the rest of the
-configuration, then the RPC socket and the ready line. SIGTERM, SIGINT and spdk_kill_instance end it cleanly: RPC, front ends, bdevs, reactors, each with a deadline. A
+configuration, then the RPC socket and the ready line; a service manager is told as well (see `qpair.app.systemd`). SIGTERM, SIGINT and spdk_kill_instance end it cleanly: RPC, front ends, bdevs, reactors, each with a deadline. A
 second signal ends it at once.
 
 Exit codes: 0 stopped cleanly; 1 could not start (the reason is on standard error); 128 + signal for the second signal.
@@ -24,6 +24,7 @@ from qpair.app.cores import parse_mask
 from qpair.app.logs import setup
 from qpair.app.rooms import load_rpc
 from qpair.app.stack import EngineFactory, Stack
+from qpair.app.systemd import Manager
 from qpair.app.version import VERSION
 from qpair.errors import InvalidArgument, QpairError, from_errno
 from qpair.rpc.server import DEFAULT_ADDRESS, RpcServer
@@ -101,15 +102,17 @@ def run(options: ServeOptions, *, engine_factory: EngineFactory | None = None) -
     for note in options.notes:
         logger.log(25, "%s is accepted and has no effect here", note)
     try:
-        return asyncio.run(_Process(options, engine_factory).main())
+        return asyncio.run(_Process(options, Manager.of_environment(), engine_factory).main())
     except QpairError as error:
         print(f"qpair serve: {error}", file=sys.stderr)
         return 1
 
 
 class _Process:
-    def __init__(self, options: ServeOptions, engine_factory: EngineFactory | None) -> None:
+    def __init__(self, options: ServeOptions, manager: Manager, engine_factory: EngineFactory | None) -> None:
         self._options = options
+        self._manager = manager
+        self._watching: asyncio.Task[None] | None = None
         self._factory = engine_factory
         self._stopping = asyncio.Event()
         self._server: RpcServer | None = None
@@ -132,15 +135,17 @@ class _Process:
             engine_factory=self._factory,
         )
         stack.stop_requested = self._request
+        stack.passed_sockets = self._manager.sockets
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signal, number)
         try:
             await stack.start()
+            self._watching = asyncio.create_task(self._manager.watch(stack), name="watchdog")
             if config is not None:
                 await load_startup(stack, config)
             if options.wait_for_rpc:
                 await self._listen(stack)
-                _say(f"qpair {VERSION}: RPC on {self._addresses}, waiting for framework_start_init")
+                self._tell_ready(f"qpair {VERSION}: RPC on {self._addresses}, waiting for framework_start_init")
                 if not await self._started(stack):
                     return 0
             else:
@@ -153,6 +158,9 @@ class _Process:
             await self._stopping.wait()
             return 0
         finally:
+            self._manager.tell(STOPPING=1, STATUS="stopping")
+            if self._watching is not None:
+                self._watching.cancel()
             await stack.stop()
             self._remove_pid_file()
 
@@ -177,10 +185,16 @@ class _Process:
             with open(self._options.pid_file, "w", encoding="ascii") as file:
                 file.write(f"{os.getpid()}\n")
         cores = ",".join(str(core) for core in stack.cores)
-        _say(
-            f"qpair {VERSION}: {stack.engine.driver} reactors on cores {cores}; RPC on {self._addresses}; vhost sockets in {stack.vhost_dir}",
-            "ready",
+        if passed := stack.passed_sockets.paths():
+            logger.log(25, "the service manager listens on %s", ", ".join(passed))
+        self._tell_ready(
+            f"qpair {VERSION}: {stack.engine.driver} reactors on cores {cores}; RPC on {self._addresses}; vhost sockets in {stack.vhost_dir}"
         )
+        _say("ready")
+
+    def _tell_ready(self, line: str) -> None:
+        _say(line)
+        self._manager.tell(READY=1, STATUS=line, MAINPID=os.getpid())
 
     def _remove_pid_file(self) -> None:
         if self._options.pid_file is not None:

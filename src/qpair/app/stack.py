@@ -26,6 +26,7 @@ from qpair.app.cores import check_usable, parse_cores
 from qpair.app.inert import InertStore
 from qpair.app.rooms import make_subsystems
 from qpair.app.subsystems import ConfigEntry, Subsystem, order
+from qpair.app.systemd import PassedSockets
 from qpair.errors import Busy, ForkedStack, NoSuchDevice, StackStopped, from_engine
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Stack:
         self.cores = parse_cores(cores)
         self.vhost_dir = os.path.abspath(os.fspath(vhost_dir))
         self.inert = InertStore()
+        self.passed_sockets = PassedSockets()
+        """Listening sockets that somebody else opened, for whoever is to listen on their paths."""
         self.stop_deadline_ms = stop_deadline_ms
         self.stop_requested: Callable[[str], None] | None = None
         """Set by ``qpair serve``: what ``spdk_kill_instance`` calls with the signal's name."""
@@ -184,6 +187,7 @@ class Stack:
         if had_engine:
             left_ms = max(100, int((deadline - time.monotonic()) * 1000))
             await self._stop_engine(left_ms)
+        self.passed_sockets.close()
         self._ready.set()
         self.state = "stopped"
 
@@ -270,7 +274,7 @@ class Stack:
         from qpair.rpc.server import DEFAULT_ADDRESS, RpcServer
 
         load_rpc()
-        server = RpcServer(self, address or DEFAULT_ADDRESS)
+        server = RpcServer(self, address or DEFAULT_ADDRESS, passed=self.passed_sockets)
         await server.start()
         self._servers.append(server)
         return server

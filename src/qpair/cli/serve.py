@@ -7,6 +7,7 @@ import sys
 
 from qpair.app.logs import FLAGS, LEVELS
 from qpair.app.serve import PASSWORD_VARIABLE, HttpOptions, ServeOptions, run
+from qpair.cli.unit import UNITS, unit
 from qpair.errors import QpairError
 
 __all__ = ["parser", "serve"]
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--driver", choices=("auto", "io_uring", "epoll"), default="auto", help="I/O driver (default %(default)s)")
     add("--no-pin", action="store_true", help="do not bind reactors to their cores")
+    add("--print-unit", choices=UNITS, metavar="UNIT", help=f"print a systemd unit ({', '.join(UNITS)}) and end")
     http = made.add_argument_group("JSON-RPC by HTTP POST with Basic authentication (off unless asked for)").add_argument
     http("--rpc-http", metavar="HOST:PORT", help="answer there, too")
     http("--rpc-http-user", metavar="USER", help="who may")
@@ -87,6 +89,9 @@ def serve(arguments: list[str]) -> int:
         given = parser().parse_args(arguments)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
+    if given.print_unit is not None:
+        print(unit(given.print_unit), end="")
+        return 0
     try:
         return run(_options(given))
     except QpairError as error:

@@ -2,7 +2,7 @@
 
 How it works: each connection feeds its bytes to a framer and queues whole documents; while the queue holds any, one task answers them in order.
 An accepted request is carried out even if its sender leaves. A Unix socket has mode 0600 and a lock file beside it (``<path>.lock``, as SPDK's), so that
-a socket left by a crash is replaced and one in use is not.
+a socket left by a crash is replaced and one in use is not. A socket that a service manager passed is the manager's: its mode, its file.
 
 Errors: what breaks a stream (see `qpair.rpc.framing`) is answered, then input is discarded until the peer closes, so that a peer that is still
 sending reads the reason.
@@ -22,9 +22,10 @@ import resource
 import socket
 import stat
 import struct
+import sys
 from collections import deque
 from errno import EAGAIN
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qpair.errors import Busy, QpairError, from_errno
 from qpair.rpc.address import DEFAULT_ADDRESS, parse_address
@@ -35,6 +36,7 @@ from qpair.rpc.registry import REGISTRY, Registry
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
+    from qpair.app.systemd import PassedSockets
 
 __all__ = ["DEFAULT_ADDRESS", "RpcServer", "parse_address"]
 
@@ -48,12 +50,21 @@ CONNECTIONS_MAX = 1024
 
 logger = logging.getLogger("qpair.rpc")
 
+# Since 3.13 asyncio would unlink the socket's file itself, also one that is not ours.
+_KEEP_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+
 
 class RpcServer:
     """Listens on one address and answers for one stack. ``async with RpcServer(stack, "/tmp/q.sock"): ...``"""
 
     def __init__(
-        self, stack: Stack, address: str = DEFAULT_ADDRESS, *, registry: Registry = REGISTRY, connections_max: int | None = None
+        self,
+        stack: Stack,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        registry: Registry = REGISTRY,
+        connections_max: int | None = None,
+        passed: PassedSockets | None = None,
     ) -> None:
         self.stack = stack
         self.registry = registry
@@ -64,13 +75,14 @@ class RpcServer:
         self.held_bytes = 0
         self.refused_connections = 0
         self._server: asyncio.Server | None = None
+        self._passed = passed
         self._lock: int | None = None
         self._path: str | None = None
 
     @property
     def bound(self) -> str:
         """Where it listens now; the port is the real one when 0 was asked."""
-        if self._path is None and self._server is not None and self._server.sockets:
+        if self._server is not None and self._server.sockets and self._server.sockets[0].family != socket.AF_UNIX:
             host, port = self._server.sockets[0].getsockname()[:2]
             return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return self.address
@@ -80,7 +92,7 @@ class RpcServer:
         loop = asyncio.get_running_loop()
         target = parse_address(self.address)
         if isinstance(target, str):
-            self._server = await loop.create_unix_server(lambda: _Connection(self), sock=self._bind_unix(target), backlog=512)
+            self._server = await loop.create_unix_server(lambda: _Connection(self), sock=self._bind_unix(target), backlog=512, **_KEEP_FILE)
             return
         host, port = target
         try:
@@ -91,6 +103,8 @@ class RpcServer:
             logger.warning("RPC listens on %s without authentication: whoever reaches it owns this process", self.address)
 
     def _bind_unix(self, path: str) -> socket.socket:
+        if self._passed is not None and (passed := self._passed.borrow(path)) is not None:
+            return passed
         self._lock = _lock(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:

@@ -31,6 +31,7 @@ from qpair.vhost.transport import Channel
 if TYPE_CHECKING:
     from qpair.app.bridge import Bridge
     from qpair.app.stack import Stack
+    from qpair.app.systemd import PassedSockets
     from qpair.vhost.session import Session
 
 __all__ = ["ControllerServer", "VhostSubsystem"]
@@ -52,9 +53,9 @@ class ControllerServer:
         self._accepting: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Listen; the errors are those of `Listener.open`."""
-        self._listener.open()
+    def start(self, passed: PassedSockets) -> None:
+        """Listen, on one of ``passed`` if it has the path; the errors are those of `Listener.open`."""
+        self._listener.open(passed.borrow(self._listener.path))
         self._accepting = asyncio.create_task(self._listener.run(self._accepted), name=f"vhost listener {self.controller}")
 
     @property
@@ -218,7 +219,7 @@ class VhostSubsystem(Subsystem):
         await bridge.call(token, unclaimed=undo)
         server = ControllerServer(bridge, name, controller.socket)
         try:
-            server.start()
+            server.start(self.stack.passed_sockets)
         except BaseException:
             await bridge.call(engine.vhost_blk_delete(name))
             raise

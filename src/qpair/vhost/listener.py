@@ -1,7 +1,8 @@
 """A listening unix socket with a file of its own.
 
-How it works: `Listener.open` binds, and takes the place of a socket file on which nobody listens any more; `Listener.run` accepts one
-connection at a time and waits for whoever takes it, so that others stay in the kernel's queue; `Listener.close` removes the file, if it is still the one that was made.
+How it works: `Listener.open` binds, and takes the place of a socket file on which nobody listens any more, or takes a socket that listens there already (a service
+manager's, whose file it leaves alone); `Listener.run` accepts one connection at a time and waits for whoever takes it, so that others stay in the kernel's
+queue; `Listener.close` removes the file, if it is still the one that was made.
 
 Errors: `Busy` where somebody listens on the path, `AlreadyExists` where the file is no socket, `InvalidArgument` for a path that is too
 long, `NoSuchFile` and `NotPermitted` as the file system says; each names the path.
@@ -40,8 +41,12 @@ class Listener:
         self._sock: socket.socket | None = None
         self._file: tuple[int, int] | None = None
 
-    def open(self) -> None:
-        """Bind and listen."""
+    def open(self, passed: socket.socket | None = None) -> None:
+        """Bind and listen; or take ``passed``, which listens on this path."""
+        if passed is not None:
+            passed.setblocking(False)
+            self._sock = passed
+            return
         if not self.path or "\0" in self.path:
             raise InvalidArgument(f"socket path {self.path!r:.120} is empty or holds a zero byte")
         if (length := len(os.fsencode(self.path))) > PATH_BYTES_MAX:
