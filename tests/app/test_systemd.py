@@ -59,7 +59,14 @@ def test_without_a_manager_nothing_is_told_and_nothing_watched() -> None:
 
 
 def test_variables_are_taken_out_of_the_environment_and_those_of_another_process_ignored() -> None:
-    environment = {"WATCHDOG_USEC": "5000000", "WATCHDOG_PID": "1", "LISTEN_PID": "1", "LISTEN_FDS": "3", "NOTIFY_SOCKET": "@x", "HOME": "/"}
+    environment = {
+        "WATCHDOG_USEC": "5000000",
+        "WATCHDOG_PID": "1",
+        "LISTEN_PID": "1",
+        "LISTEN_FDS": "3",
+        "NOTIFY_SOCKET": "@x",
+        "HOME": "/",
+    }
     manager = Manager.of_environment(environment)
     assert environment == {"HOME": "/"}
     assert manager.watchdog_s is None
@@ -155,9 +162,11 @@ def test_a_server_that_hangs_tells_its_watchdog_nothing(manager: socket.socket, 
         until(lambda: "WATCHDOG" in told(manager), "it lives")
         server.process.send_signal(signal.SIGSTOP)
         manager.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            told(manager)  # what was sent before
+            told(manager)
         with pytest.raises(TimeoutError):
-            for _ in range(100):
-                told(manager)
+            told(manager)
         server.process.send_signal(signal.SIGCONT)
         manager.settimeout(20)
         until(lambda: "WATCHDOG" in told(manager), "it lives again")
