@@ -2,6 +2,12 @@
 //!
 //! State is changed by tasks on the home reactor, and read from anywhere under a lock that is never held while something is waited for. What I/O
 //! goes by is the [`View`] alone.
+//!
+//! **How large it is.** As large as its smallest member has room for, in whole strips and write units. It learns that when the layer says that a member has
+//! another size. But a member may change while it is no member, or while the array is no bdev yet: so it looks for itself, too, when it has come online and
+//! when a leg is current again. A mirror shrinks with any member it has, and grows only when none is out: one that came back would have no room for it, and of
+//! a leg that is out nobody knows how large it is. Both looks and the layer's word end in the same job, which goes by what is true when it runs, so their order
+//! does not matter. concat keeps its size. What has no room for a block stays as it was, and its I/O is told that it is out of range.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -210,17 +216,27 @@ impl Array {
         }
     }
 
-    /// How many blocks it has by the present sizes of its members.
-    fn wanted_blocks(&self) -> Option<u64> {
+    /// How many blocks it has by the present sizes of its members, in units that it is written in; see the module's doc.
+    fn wanted_blocks(&self, unit: u64) -> Option<u64> {
         let state = lock(&self.state);
         let room = |slot: &Slot| Some(slot.member.as_ref()?.info()?.num_blocks.saturating_sub(slot.data_offset));
         let least = state.slots.iter().filter_map(room).min()?;
         let strip = u64::from(self.strip_blocks(state.block_size).max(1));
+        let whole = state.view.serving.count() == self.slots;
         match self.level {
-            Level::RAID1 => Some(least),
-            Level::RAID0 => Some((least - least % strip) * self.slots as u64),
+            Level::RAID1 if whole => Some(least - least % unit),
+            Level::RAID1 => Some((least - least % unit).min(state.num_blocks)),
+            Level::RAID0 => {
+                let blocks = (least - least % strip) * self.slots as u64;
+                Some(blocks - blocks % unit)
+            }
             _ => None,
         }
+    }
+
+    /// Has the bdev take the size that its members allow by now: they may have changed while nobody told it.
+    pub(crate) fn follow_sizes(&self) {
+        lifecycle::rescan(&self.registry, &self.name, Box::new(|_| {}));
     }
 
     /// The bdev that it is: what all its members can do.
@@ -299,6 +315,12 @@ pub(crate) struct RaidDevice {
     pub info: Info,
 }
 
+impl RaidDevice {
+    fn wanted_blocks(&self) -> Option<u64> {
+        self.array.wanted_blocks(self.info.write_unit_blocks.into())
+    }
+}
+
 impl Drop for RaidDevice {
     fn drop(&mut self) {
         let mut state = lock(&self.array.state);
@@ -343,14 +365,16 @@ impl Device for RaidDevice {
         Fate::Stays
     }
 
+    fn rescan(&self) -> Result<u64, BdevError> {
+        Ok(self.wanted_blocks().unwrap_or_else(|| lock(&self.array.state).num_blocks))
+    }
+
     fn base_resized(&self, _: &Info) -> Option<u64> {
-        let wanted = self.array.wanted_blocks()?;
-        let unit = u64::from(self.info.write_unit_blocks);
-        (wanted != lock(&self.array.state).num_blocks).then_some(wanted - wanted % unit)
+        self.wanted_blocks().filter(|wanted| *wanted != lock(&self.array.state).num_blocks)
     }
 
     fn resize(&self, num_blocks: u64) -> Result<(), BdevError> {
-        let wanted = self.array.wanted_blocks().map(|wanted| wanted - wanted % u64::from(self.info.write_unit_blocks));
+        let wanted = self.wanted_blocks();
         if wanted != Some(num_blocks) {
             let limit = wanted.map_or_else(|| "the sum of its members".to_owned(), |wanted| format!("{wanted}, by its members"));
             return Err(BdevError::invalid("num_blocks", num_blocks, limit));

@@ -121,6 +121,7 @@ impl Array {
             return Err(Stop::Target);
         }
         self.publish(worker, |view| view.serving = view.serving | this).await;
+        self.follow_sizes();
         Ok(())
     }
 

@@ -147,6 +147,8 @@ impl Raids {
         match registered {
             Ok(device) => {
                 state.device = (state.phase == Phase::Online).then_some(device);
+                drop(state);
+                array.follow_sizes();
                 Ok(())
             }
             Err(error) => {

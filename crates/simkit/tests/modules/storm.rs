@@ -126,7 +126,7 @@ impl Storm {
     }
 
     fn resize(&self, rng: &mut Rng) {
-        // A leg must have room for all that is asked of it; and a mirror grows with the smallest leg there is, beyond those that are out.
+        // A leg must have room for all that is asked of it.
         let Some(disk) = self.disk(rng).filter(|_| matches!(self.target, Target::Anything) && !self.tower.keeps_sizes()) else { return };
         let blocks = if rng.chance(1, 2) { disk.info.num_blocks - rng.below(disk.info.num_blocks / 2) } else { disk.info.num_blocks };
         let legal = |outcome: &Result<(), BdevError>| outcome.is_ok() || outcome.as_ref().is_err_and(qpair_simkit::is_going);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use qpair_bdev::passthru::Passthru;
 use qpair_bdev::{BdevError, FRAMES_MAX, Info, Op, OpSet, Registry, lifecycle};
-use qpair_raid::{Level, Options, Phase, Raids, Spec};
+use qpair_raid::{Level, MemberInfo, Options, Phase, Raids, Spec};
 use qpair_reactor::sim::{Obligations, Rng, World};
 use qpair_simkit::{Plan, SimDisk, promise};
 use qpair_vbdev::delay::{Delay, Latencies};
@@ -369,6 +369,41 @@ impl Tower {
             array.phase == Phase::Online && array.process.is_none() && array.members.iter().all(|member| member.is_configured)
         };
         self.is_there("disk") && self.raids.list().iter().all(whole)
+    }
+
+    fn blocks(&self, name: &str) -> Option<u64> {
+        self.registry.list(Some(name)).ok().map(|found| found[0].info.num_blocks)
+    }
+
+    /// How many blocks a floor should have by what it stands on just now; None: nobody says.
+    fn due_blocks(&self, floor: &Floor) -> Option<u64> {
+        let below = self.blocks(floor.below.first()?)?;
+        match &floor.module {
+            Module::Disk(_) | Module::Zones { .. } => None,
+            Module::Passthru | Module::Delay(_) | Module::Error(_) => Some(below),
+            Module::Parts(ranges) => ranges.first().map(|(first, count)| below.saturating_sub(*first).min(*count)),
+            Module::Raid(array) => {
+                let known = self.raids.list().into_iter().find(|known| known.name == floor.names[0])?;
+                let room = |slot: &MemberInfo| Some(self.blocks(slot.name.as_ref()?)?.saturating_sub(slot.data_offset));
+                let least = known.members.iter().filter(|slot| slot.is_configured).filter_map(room).min()?;
+                let strip = (u64::from(array.strip_kb) * 1024 / u64::from(self.block_size)).max(1);
+                match array.level {
+                    Level::RAID1 => Some(least),
+                    Level::RAID0 => Some((least - least % strip) * known.members.len() as u64),
+                    _ => None,
+                }
+            }
+        }
+    }
+
+    /// Bdevs that have another size than they should: name, blocks, and how many there should be.
+    pub fn misfits(&self) -> Vec<(String, u64, u64)> {
+        let misfit = |floor: &Floor| {
+            let (name, due) = (floor.names[0].clone(), self.due_blocks(floor)?);
+            let blocks = self.blocks(&name)?;
+            (blocks != due).then_some((name, blocks, due))
+        };
+        self.floors.iter().filter_map(misfit).collect()
     }
 
     pub fn demolish(&self, world: &mut World) {
