@@ -60,6 +60,8 @@ pub struct Model {
     pub reads: u64,
     now: Vec<Fills>,
     durable: Vec<Fills>,
+    /// From this block on nothing is known any more, whatever is written there.
+    known: u64,
     /// What flushes under way will have made durable.
     flushes: BTreeMap<u64, Vec<Fills>>,
 }
@@ -76,7 +78,7 @@ impl Model {
     /// So many blocks, from `first` on, that hold what is said.
     pub fn new(first: u64, blocks: u64, content: Fills) -> SharedModel {
         let now = vec![content; blocks as usize];
-        Arc::new(Mutex::new(Self { first, reads: 0, durable: now.clone(), now, flushes: BTreeMap::new() }))
+        Arc::new(Mutex::new(Self { first, reads: 0, durable: now.clone(), now, known: blocks, flushes: BTreeMap::new() }))
     }
 
     /// How many blocks.
@@ -87,6 +89,12 @@ impl Model {
     /// What these blocks may hold.
     pub fn holds(&self, blocks: Range<u64>) -> &[Fills] {
         &self.now[blocks.start as usize..blocks.end as usize]
+    }
+
+    /// From now on these blocks and all after them may hold anything: the device has been, or will be, without them for a while. `first`: on the bdev.
+    pub fn forget_from(&mut self, first: u64) {
+        self.known = self.known.min(first.saturating_sub(self.first));
+        self.widen(self.known..self.blocks(), |_| Fills::ANY);
     }
 
     /// From now on each of these blocks may hold `change` of what it held, too.
@@ -107,7 +115,7 @@ impl Model {
 
     /// It was acknowledged; `durable`: and is on stable media.
     pub fn end(&mut self, blocks: Range<u64>, fill: u8, durable: bool) {
-        for at in blocks.start as usize..blocks.end as usize {
+        for at in blocks.start as usize..blocks.end.min(self.known) as usize {
             self.now[at] = Fills::only(fill);
             if durable {
                 self.durable[at] = Fills::only(fill);
@@ -125,7 +133,7 @@ impl Model {
 
     /// It was acknowledged.
     pub fn end_copy(&mut self, first: u64, content: &[Fills], durable: bool) {
-        for (at, fills) in (first as usize..).zip(content) {
+        for (at, fills) in (first as usize..self.known as usize).zip(content) {
             self.now[at] = *fills;
             if durable {
                 self.durable[at] = *fills;
@@ -238,6 +246,18 @@ mod tests {
         let mut bytes = [0; 1024];
         bytes[700..].fill(1);
         lock(&model).check(0, &bytes, true, false);
+    }
+
+    #[test]
+    fn what_is_forgotten_stays_unknown_whatever_is_written_there() {
+        let model = Model::new(10, 4, Fills::only(0));
+        let mut model = lock(&model);
+        model.forget_from(12);
+        model.begin(0..4, 7);
+        model.end(0..4, 7, true);
+        assert_eq!((holds(&model, 1), model.holds(2..4)), (vec![7], &[Fills::ANY; 2][..]));
+        model.crash();
+        assert_eq!((holds(&model, 1), model.holds(2..4)), (vec![7], &[Fills::ANY; 2][..]));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What happens to a tower: at random, to anything, or to one leg of the mirror at its top.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use qpair_bdev::histogram::{GRANULARITY, Shape};
@@ -8,6 +9,7 @@ use qpair_bdev::ranges::{self, Keep, RangeLock};
 use qpair_bdev::stats::Reset;
 use qpair_bdev::{BdevError, DeviceId, Op, OpSet, Status, lifecycle, measures};
 use qpair_reactor::sim::{Act, Actor, Obligations, Rng};
+use qpair_simkit::model::{SharedModel, lock};
 use qpair_simkit::{SimDisk, promise};
 use qpair_vbdev::delay::{Latencies, Latency};
 use qpair_vbdev::error::{Errors, TARGETS, What};
@@ -52,12 +54,16 @@ pub struct Storm {
     had: Arc<Mutex<Vec<Had>>>,
     /// One for each lock that was asked for and is not answered.
     asked: Arc<()>,
+    /// What clients know.
+    models: Vec<SharedModel>,
+    /// The smallest size that each disk was told to have.
+    least: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Storm {
-    pub fn new(tower: Arc<Tower>, target: Target, ledger: Obligations, left: u32) -> Self {
+    pub fn new(tower: Arc<Tower>, target: Target, models: Vec<SharedModel>, ledger: Obligations, left: u32) -> Self {
         measures::create_group(&tower.registry, "group", Rates { rw_bytes: 50_000_000, ..Rates::default() }).expect("the first group");
-        Self { tower, target, ledger, left, had: Arc::default(), asked: Arc::default() }
+        Self { tower, target, ledger, left, had: Arc::default(), asked: Arc::default(), models, least: Mutex::default() }
     }
 
     /// The bdevs that something may happen to.
@@ -130,7 +136,19 @@ impl Storm {
         let Some(disk) = self.disk(rng).filter(|_| matches!(self.target, Target::Anything) && !self.tower.keeps_sizes()) else { return };
         let blocks = if rng.chance(1, 2) { disk.info.num_blocks - rng.below(disk.info.num_blocks / 2) } else { disk.info.num_blocks };
         let legal = |outcome: &Result<(), BdevError>| outcome.is_ok() || outcome.as_ref().is_err_and(qpair_simkit::is_going);
+        self.forget(&disk.info.name, blocks);
         lifecycle::resize(&self.tower.registry, &disk.info.name, blocks, promise(&self.ledger, legal));
+    }
+
+    /// What a mirror was without, its legs may differ in when it has it again: a leg that was out meanwhile is rebuilt as far as the mirror goes then.
+    fn forget(&self, disk: &str, blocks: u64) {
+        let mut least = self.least.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = least.entry(disk.to_owned()).or_insert(blocks);
+        *before = blocks.min(*before);
+        if self.tower.is_mirrored() {
+            let kept = self.tower.kept_blocks("disk", &least);
+            self.models.iter().for_each(|model| lock(model).forget_from(kept));
+        }
     }
 
     fn remove(&self, rng: &mut Rng) {

@@ -1,5 +1,6 @@
 //! A random tree of bdevs: every module there is, upon one another up to the limit, with simulated disks at the bottom.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -392,6 +393,26 @@ impl Tower {
                     Level::RAID0 => Some((least - least % strip) * known.members.len() as u64),
                     _ => None,
                 }
+            }
+        }
+    }
+
+    /// How many of a bdev's first blocks have been there all the time, when disks were as small as `least` says.
+    pub fn kept_blocks(&self, name: &str, least: &BTreeMap<String, u64>) -> u64 {
+        let Some(floor) = self.floor(name) else { return 0 };
+        let below = floor.below.iter().map(|base| self.kept_blocks(base, least)).min().unwrap_or(0);
+        match &floor.module {
+            Module::Disk(disk) => least.get(name).copied().unwrap_or(disk.info.num_blocks),
+            Module::Passthru | Module::Delay(_) | Module::Error(_) | Module::Zones { .. } => below,
+            Module::Parts(ranges) => {
+                let part = floor.names.iter().position(|part| part == name).map_or((0, 0), |at| ranges[at]);
+                below.saturating_sub(part.0).min(part.1)
+            }
+            Module::Raid(array) => {
+                let offset = if array.superblock { SUPERBLOCK_BYTES / u64::from(self.block_size) } else { 0 };
+                let strip = (u64::from(array.strip_kb) * 1024 / u64::from(self.block_size)).max(1);
+                let each = below.saturating_sub(offset);
+                if array.level == Level::RAID1 { each } else { (each - each % strip) * floor.below.len() as u64 }
             }
         }
     }
