@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use qpair_bdev::{BdevError, Channel, ChannelId, Descriptor, Device, DeviceId, Fate, Hold, Info, Layer, Op, OpSet, Registry, lifecycle};
 use qpair_reactor::{Handle, Reactor};
@@ -133,7 +133,8 @@ pub(crate) struct State {
     pub sequence: u64,
     pub process: Option<Process>,
     pub deleting: bool,
-    pub reported: Mask,
+    /// Legs to be dropped, as they were when they failed.
+    pub reported: Vec<(usize, Weak<Descriptor>)>,
     pub reconciling: bool,
     pub repairs: VecDeque<Repair>,
     pub repairing: bool,
@@ -173,10 +174,15 @@ impl Array {
         Layout::new(self.level, self.strip_blocks(state.block_size).max(1), &sizes)
     }
 
-    /// Legs are to be dropped: writes wait for that.
-    pub(crate) fn report(self: &Arc<Self>, slots: Mask) {
+    /// Legs are to be dropped, those of that view: writes wait for that.
+    pub(crate) fn report(self: &Arc<Self>, slots: Mask, view: &View) {
         let mut state = lock(&self.state);
-        state.reported = state.reported | slots;
+        for slot in slots.slots() {
+            let member = view.members[slot].as_ref().map(Arc::downgrade).unwrap_or_default();
+            if !state.reported.iter().any(|(other, known)| *other == slot && known.ptr_eq(&member)) {
+                state.reported.push((slot, member));
+            }
+        }
         if !std::mem::replace(&mut state.reconciling, true) {
             let array = self.clone();
             worker::start(self.home(), move |worker| async move { array.reconcile(&worker).await });
@@ -363,6 +369,10 @@ impl Device for RaidDevice {
             }
         });
         Fate::Stays
+    }
+
+    fn resets_bases(&self) -> bool {
+        true
     }
 
     fn rescan(&self) -> Result<u64, BdevError> {

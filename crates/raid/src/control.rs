@@ -273,7 +273,7 @@ impl Raids {
             sequence: 0,
             process: None,
             deleting: false,
-            reported: Mask::EMPTY,
+            reported: Vec::new(),
             reconciling: false,
             repairs: Default::default(),
             repairing: false,

@@ -5,9 +5,9 @@
 //! leaves too, in the same way, unless it is the last. If the last cannot write it, after a few attempts what waits for the record fails; the
 //! leg stays dropped, and the next write asks for the record again.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use qpair_bdev::Hold;
+use qpair_bdev::{Descriptor, Hold};
 use qpair_reactor::log::{self, Level as Severity};
 use qpair_wire::raid_superblock::{Base, BaseState};
 use zerocopy::little_endian::U32;
@@ -22,19 +22,24 @@ const ATTEMPTS: usize = 3;
 const PAUSE_NS: u64 = 50_000_000;
 
 impl Array {
-    /// Drops what was reported, until nothing more is.
+    /// Drops what was reported, until nothing more is. Another one that has taken the place meanwhile is not to blame.
     pub(crate) async fn reconcile(self: Arc<Self>, worker: &Worker) {
         loop {
-            let out = {
+            let reported = {
                 let mut state = lock(&self.state);
-                let out = std::mem::take(&mut state.reported);
-                if out.is_empty() {
-                    state.reconciling = false;
-                    return;
-                }
-                out
+                state.reconciling = !state.reported.is_empty();
+                std::mem::take(&mut state.reported)
             };
-            self.leave(worker, out, BaseState::FAILED, None).await;
+            if reported.is_empty() {
+                return;
+            }
+            let _turn = self.turn.take(worker).await;
+            let view = self.view();
+            let is_there =
+                |slot: usize, member: &Weak<Descriptor>| view.members[slot].as_ref().is_none_or(|now| member.ptr_eq(&Arc::downgrade(now)));
+            let out =
+                reported.iter().filter(|(slot, member)| is_there(*slot, member)).fold(Mask::EMPTY, |out, (slot, _)| out | Mask::of(*slot));
+            self.leave_now(worker, out, BaseState::FAILED, None).await;
         }
     }
 

@@ -328,7 +328,7 @@ impl Mirror {
             write.held = true;
         }
         if !dropped.is_empty() {
-            self.array.report(dropped);
+            self.array.report(dropped, &self.view);
         }
     }
 

@@ -197,7 +197,7 @@ impl Array {
                 Copied::Whole => {}
                 // Nothing to make them equal to.
                 Copied::Unread => return,
-                Copied::Unwritten(slots) => self.report(slots),
+                Copied::Unwritten(slots) => self.report(slots, &view),
             }
             lba += blocks;
         }
