@@ -228,6 +228,11 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// Whether a reset of it goes on to the bdevs that it stands on, once its own channels are quiet and reset: for who has them to itself.
+    fn resets_bases(&self) -> bool {
+        false
+    }
+
     /// Changes the size where the module can; called when all channels are quiet if it shrinks.
     fn resize(&self, _num_blocks: u64) -> Result<(), BdevError> {
         Err(BdevError::Unsupported(format!("{} cannot be resized", self.info().name)))

@@ -163,9 +163,11 @@ fn remove_alone(mut removal: Removal, deadline_ns: u64) {
 }
 
 /// A removal has to wait for a job that may itself wait for ever: a reset or a shrinking, until a device is quiet that says
-/// nothing any more, and ends its I/O only where it is going. So from the deadline on it is going.
+/// nothing any more, and ends its I/O only where it is going. So from the deadline on it is going. What a reset waits for below stays, and is
+/// asked to end what it has.
 fn hurry(registry: &Arc<Registry>, device: DeviceId, deadline_ns: u64) {
     for handle in registry.reactors() {
+        let registry = registry.clone();
         handle.call(move |reactor| {
             reactor.after(deadline_ns, move |reactor| {
                 let layer = Layer::of(reactor);
@@ -173,6 +175,11 @@ fn hurry(registry: &Arc<Registry>, device: DeviceId, deadline_ns: u64) {
                 for channel in layer.channels_of(device) {
                     layer.shut(reactor, channel);
                     layer.abort_all(reactor, channel);
+                }
+                let mut below = registry.reset_with(device);
+                while let Some(base) = below.pop() {
+                    layer.channels_of(base).into_iter().for_each(|channel| layer.abort_all(reactor, channel));
+                    below.extend(registry.reset_with(base));
                 }
             });
         });
@@ -268,57 +275,98 @@ fn quiesce(layer: &mut Layer, reactor: &mut Reactor, channel: ChannelId, abort: 
     layer.settle(reactor);
 }
 
-/// A reset that somebody waits for; it is answered when this is dropped.
+/// A reset under way; who waits for it is told when this is dropped.
 struct Resetting {
-    origin: Handle,
-    io: IoId,
+    registry: Arc<Registry>,
+    device: DeviceId,
+    /// Those above that are reset with it.
+    above: Vec<DeviceId>,
+    /// I/O in flight is asked to end; else it ends by itself.
+    abort: bool,
+    guard: Option<JobGuard>,
+    /// Said unless it comes to the end: the device went first.
     status: Status,
+    tell: Option<Box<dyn FnOnce(Status) + Send>>,
 }
 
 impl Drop for Resetting {
     fn drop(&mut self) {
-        let (io, status) = (self.io, self.status);
-        self.origin.call(move |reactor| {
+        drop(self.guard.take());
+        if let Some(tell) = self.tell.take() {
+            tell(self.status);
+        }
+    }
+}
+
+impl Resetting {
+    fn new(
+        registry: &Arc<Registry>,
+        device: DeviceId,
+        abort: bool,
+        above: Vec<DeviceId>,
+        tell: impl FnOnce(Status) + Send + 'static,
+    ) -> Self {
+        let (registry, status) = (registry.clone(), Status::INVALID_NAMESPACE);
+        Self { registry, device, above, abort, guard: None, status, tell: Some(Box::new(tell)) }
+    }
+
+    fn begin(mut self) {
+        let (registry, device) = (self.registry.clone(), self.device);
+        let job = move |guard| {
+            self.guard = Some(guard);
+            let registry = self.registry.clone();
+            // What goes up there has set a deadline, which may be over.
+            let abort = self.abort || self.above.iter().any(|above| registry.is_going(*above));
+            let stop = move |layer: &mut Layer, reactor: &mut Reactor, channel, part| quiesce(layer, reactor, channel, abort, part);
+            on_channels(&registry, device, Stance::Hold, stop, move |_| self.restart());
+        };
+        registry.exclusive(device, Box::new(job));
+    }
+
+    /// None goes on before all were reset: a module may count on quiet everywhere.
+    fn restart(self) {
+        let (registry, device) = (self.registry.clone(), self.device);
+        let each = |layer: &mut Layer, reactor: &mut Reactor, channel, _part| {
+            layer.with_channel(reactor, channel, |module, layer, reactor| module.reset(layer, reactor));
+        };
+        on_channels(&registry, device, Stance::Neither, each, move |_| self.descend());
+    }
+
+    /// The bdevs below that are reset with this one, all at once. One that goes meanwhile has nothing left to be reset. Jobs wait for each other
+    /// downwards alone: none of a base waits for one of what stands on it.
+    fn descend(self) {
+        let (registry, abort) = (self.registry.clone(), self.abort);
+        let bases = registry.reset_with(self.device);
+        let above: Vec<DeviceId> = self.above.iter().copied().chain([self.device]).collect();
+        let hold = Hold::until(move || self.go_on());
+        for base in bases {
+            let hold = hold.clone();
+            Self::new(&registry, base, abort, above.clone(), move |_| drop(hold)).begin();
+        }
+    }
+
+    fn go_on(self) {
+        let (registry, device) = (self.registry.clone(), self.device);
+        let resume = |layer: &mut Layer, reactor: &mut Reactor, channel, _part| layer.resume(reactor, channel, None);
+        on_channels(&registry, device, Stance::LetGo, resume, move |_| self.succeed());
+    }
+
+    fn succeed(mut self) {
+        self.status = Status::SUCCESS;
+    }
+}
+
+/// Resets a device for the I/O `io` of reactor `origin`: all channels quiet, then reset, then those below that are reset with it, then on.
+pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, io: IoId, abort: bool) {
+    let tell = move |status| {
+        origin.call(move |reactor| {
             let layer = Layer::of(reactor);
             let mut layer = layer.borrow_mut();
             layer.complete(io, status);
             layer.settle(reactor);
         });
-    }
-}
-
-/// Resets a device for the I/O `io` of reactor `origin`: all channels quiet, then reset, then on.
-///
-/// `abort`: I/O in flight is asked to end; else it ends by itself.
-pub(crate) fn reset(registry: &Arc<Registry>, device: DeviceId, origin: Handle, io: IoId, abort: bool) {
-    // Said unless it comes to the end: the device went first.
-    let mut resetting = Resetting { origin, io, status: Status::INVALID_NAMESPACE };
-    let shared = registry.clone();
-    registry.exclusive(
-        device,
-        Box::new(move |guard| {
-            let registry = shared.clone();
-            let restart = move |_: &mut Reactor| {
-                let registry = shared.clone();
-                let go_on = move |_: &mut Reactor| {
-                    let finish = move |_: &mut Reactor| {
-                        drop(guard);
-                        resetting.status = Status::SUCCESS;
-                        drop(resetting);
-                    };
-                    let resume = |layer: &mut Layer, reactor: &mut Reactor, channel, _part| layer.resume(reactor, channel, None);
-                    on_channels(&shared, device, Stance::LetGo, resume, finish);
-                };
-                // None goes on before all were reset: a module may count on quiet everywhere.
-                let each = |layer: &mut Layer, reactor: &mut Reactor, channel, _part| {
-                    layer.with_channel(reactor, channel, |module, layer, reactor| module.reset(layer, reactor));
-                };
-                on_channels(&registry, device, Stance::Neither, each, go_on);
-            };
-            let stop = move |layer: &mut Layer, reactor: &mut Reactor, channel, part| quiesce(layer, reactor, channel, abort, part);
-            on_channels(&registry, device, Stance::Hold, stop, restart);
-        }),
-    );
+    };
+    Resetting::new(registry, device, abort, Vec::new(), tell).begin();
 }
 
 /// Has the device's channels polled on their reactors, now; replies when all were. For a module that was told something by Python.

@@ -260,6 +260,17 @@ impl Registry {
         stands_on_it.map(|entry| (entry.info.name.clone(), entry.device.clone())).collect()
     }
 
+    /// Whether a device is being removed, or was.
+    pub(crate) fn is_going(&self, id: DeviceId) -> bool {
+        self.lock().by_id(id).is_none_or(|entry| entry.removing)
+    }
+
+    /// The devices right below this one that are reset with it.
+    pub(crate) fn reset_with(&self, id: DeviceId) -> Vec<DeviceId> {
+        let Some((_, info)) = self.get(id).filter(|(device, _)| device.resets_bases()) else { return Vec::new() };
+        info.bases.iter().filter_map(|base| self.live(base).ok()).collect()
+    }
+
     /// A device stands on other bdevs than before.
     pub fn set_bases(&self, id: DeviceId, bases: Vec<String>) {
         if let Some(entry) = self.lock().by_id(id) {

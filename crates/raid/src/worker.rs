@@ -22,6 +22,8 @@ use qpair_reactor::{Handle, LocalWaker, Poller, Reactor};
 
 /// How often the tasks are looked at in one poll.
 const ROUNDS: usize = 8;
+/// How often an I/O is done that resets have end.
+const ATTEMPTS: u32 = 8;
 /// When no I/O is free in the slab, it is tried again after so long.
 const RETRY_NS: u64 = 100_000;
 
@@ -150,11 +152,19 @@ impl Worker {
 }
 
 impl Line {
+    /// What is asked to end was not asked for by a task: the array is reset, and its bases with it. No leg is to blame for that, so it is done anew.
     async fn transfer(&self, op: Op, lba: u64, blocks: u64, data: Option<(Region, u64)>) -> Status {
-        let answer = Answer::default();
-        let transfer = Transfer { channel: self.channel, op, lba, blocks, data, answer: answer.clone() };
-        self.worker.command(Command::Io(transfer));
-        self.worker.until(|| answer.take()).await
+        let mut attempts = 0;
+        loop {
+            let (answer, data) = (Answer::default(), data.clone());
+            let transfer = Transfer { channel: self.channel, op, lba, blocks, data, answer: answer.clone() };
+            self.worker.command(Command::Io(transfer));
+            let status = self.worker.until(|| answer.take()).await;
+            attempts += 1;
+            if status != Status::ABORT_REQUESTED || attempts == ATTEMPTS {
+                return status;
+            }
+        }
     }
 
     fn bytes(&self, blocks: u64) -> u64 {

@@ -77,6 +77,8 @@ struct Shared {
     channels: AtomicU64,
     /// I/Os that went with their channel.
     dropped: AtomicU64,
+    /// How often a channel was reset.
+    resets: AtomicU64,
     /// What is with it: operation, first block, blocks.
     present: Mutex<Vec<(IoId, Op, u64, u64)>>,
     /// Promises of the layer that were broken.
@@ -118,6 +120,7 @@ impl SimDisk {
             inflight: AtomicU64::new(0),
             channels: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
+            resets: AtomicU64::new(0),
             present: Mutex::default(),
             broken: Mutex::default(),
         };
@@ -152,6 +155,16 @@ impl SimDisk {
         // Nobody is left to have anything with it.
         lock(&self.shared.present).clear();
         self.shared.dropped.store(0, Ordering::SeqCst);
+    }
+
+    /// How often one of its channels was reset.
+    pub fn resets(&self) -> u64 {
+        self.shared.resets.load(Ordering::SeqCst)
+    }
+
+    /// How many channels it has.
+    pub fn channels(&self) -> u64 {
+        self.shared.channels.load(Ordering::SeqCst)
     }
 
     /// I/Os that are with it.
@@ -416,6 +429,7 @@ impl Channel for DiskChannel {
     fn reset(&mut self, _: &mut Layer, _: &mut Reactor) {
         let inflight = self.shared.inflight.load(Ordering::SeqCst);
         self.shared.demand(inflight == 0, || format!("reset with {inflight} I/Os in flight"));
+        self.shared.resets.fetch_add(1, Ordering::SeqCst);
     }
 }
 
