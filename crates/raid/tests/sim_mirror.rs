@@ -1,17 +1,16 @@
 //! Mirrors under random schedules: legs fail, hang, go and come back at any time, the power goes at any step, and still an acknowledged write is never
 //! lost and never read stale, and each I/O ends once.
 
+mod mirrors;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use qpair_bdev::{Info, Op, OpSet, Registry, lifecycle};
-use qpair_raid::{Level, Options, Phase, Raids, Spec};
+use mirrors::{OFFSET, OWN, Stage, bury, create, demolish, leg};
+use qpair_bdev::lifecycle;
+use qpair_raid::Phase;
 use qpair_reactor::sim::{self, Act, Obligations, Rng, World};
-use qpair_simkit::{Allowed, CELL_BLOCKS, Crew, Fills, Load, Plan, SimDisk, check_slabs, promise};
-
-const OFFSET: u64 = 2048;
-/// Blocks of each client.
-const OWN: u64 = 2 * CELL_BLOCKS;
+use qpair_simkit::{Allowed, Crew, Fills, Load, SimDisk, promise};
 
 /// What happens to legs.
 #[derive(Clone, Copy, Default)]
@@ -32,12 +31,6 @@ struct Rig {
     trouble: Trouble,
 }
 
-struct Stage {
-    registry: Arc<Registry>,
-    raids: Arc<Raids>,
-    disks: Vec<Arc<SimDisk>>,
-}
-
 impl Rig {
     fn new(world: &mut World, trouble: Trouble) -> Self {
         let legs = world.rng().between(2, 3) as u8;
@@ -48,14 +41,7 @@ impl Rig {
         let reactors = world.reactors() as u64;
         let blocks = OFFSET * u64::from(trouble.superblock) + reactors * OWN;
         let delay_ns = *world.rng().pick(&[0, 20_000, 200_000]);
-        let disk = |number: u8| {
-            let mut info = Info::new(&format!("leg{number}"), "leg", 512, blocks + u64::from(number));
-            info.uuid = format!("00000000-0000-4000-8000-0000000000{number:02x}").parse().unwrap();
-            info.write_cache = trouble.cached;
-            info.supported = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::Reset]);
-            SimDisk::new(info, Plan { delay_ns, ..Plan::default() })
-        };
-        let disks = (0..legs).map(disk).collect();
+        let disks = (0..legs).map(|number| leg(number, blocks, trouble.cached, delay_ns)).collect();
         let crew = Crew::new(world, 1..=1, OWN, Fills::only(0));
         Self { disks, crew, trouble }
     }
@@ -70,35 +56,8 @@ impl Rig {
     }
 
     fn stage(&self, world: &World) -> Arc<Stage> {
-        let registry = Registry::new(world.handles());
-        let raids = Raids::new(&registry);
-        raids.set_options(Options { window_kb: 4, bandwidth_mb: 0 }).unwrap();
-        Arc::new(Stage { registry, raids, disks: self.disks.clone() })
+        Stage::new(world, &self.disks)
     }
-}
-
-impl Stage {
-    /// A leg appears, and is examined.
-    fn appear(&self, number: usize, ledger: &Obligations) {
-        if self.registry.register(self.disks[number].clone()).is_ok() {
-            self.raids.examine(&format!("leg{number}"), promise(ledger, |_| true));
-        }
-    }
-
-    fn phase(&self) -> Option<Phase> {
-        self.raids.list().first().map(|array| array.phase)
-    }
-}
-
-fn create(world: &mut World, stage: &Stage, superblock: bool) {
-    for disk in &stage.disks {
-        stage.registry.register(disk.clone()).unwrap();
-    }
-    let bases = stage.disks.iter().map(|disk| disk.info.name.clone()).collect();
-    let spec = Spec { name: "mirror".to_owned(), level: Level::RAID1, strip_kb: 0, bases, uuid: None, superblock };
-    stage.raids.create(spec, promise(world.obligations(), Result::is_ok));
-    world.settle();
-    assert_eq!(stage.phase(), Some(Phase::Online));
 }
 
 /// One thing to one leg.
@@ -168,26 +127,6 @@ fn assemble(world: &mut World, stage: &Arc<Stage>) {
     }
     world.settle();
     assert_eq!(stage.phase(), Some(Phase::Online), "all legs are there: {:?}", stage.raids.list());
-}
-
-fn demolish(world: &mut World, stage: &Arc<Stage>) {
-    let ledger = world.obligations().clone();
-    stage.raids.delete("mirror", false, promise(&ledger, |_| true));
-    world.settle();
-    for disk in &stage.disks {
-        lifecycle::unregister(&stage.registry, &disk.info.name, 0, promise(&ledger, |_| true));
-    }
-    world.finish();
-    assert!(stage.raids.list().is_empty() && stage.registry.list(None).unwrap().is_empty(), "something still stands");
-    stage.disks.iter().for_each(|disk| disk.check_end());
-    check_slabs(world);
-}
-
-/// The process is gone, and so are its bdevs, which hold their registry as it holds them.
-fn bury(stage: &Stage) {
-    for listing in stage.registry.list(None).unwrap() {
-        lifecycle::unregister(&stage.registry, &listing.info.name, 0, Box::new(|_| {}));
-    }
 }
 
 /// Reads everything, often enough that each leg is read.

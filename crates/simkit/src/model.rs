@@ -53,6 +53,7 @@ impl Fills {
 }
 
 /// See the module's doc. Blocks are counted from the model's first.
+#[derive(Clone)]
 pub struct Model {
     /// Its first block on the bdev.
     pub first: u64,

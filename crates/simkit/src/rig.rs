@@ -50,6 +50,12 @@ impl Crew {
         self.memories.clear();
     }
 
+    /// Clients that know the same, and go on with what has been copied, or has gone another way.
+    pub fn fork(&self) -> Self {
+        let copy = |model: &SharedModel| Arc::new(std::sync::Mutex::new(crate::model::lock(model).clone()));
+        Self { models: self.models.iter().map(|(reactor, model)| (*reactor, copy(model))).collect(), memories: Vec::new() }
+    }
+
     /// Reads compared so far.
     pub fn reads(&self) -> u64 {
         self.models.iter().map(|(_, model)| crate::model::lock(model).reads).sum()

@@ -107,8 +107,9 @@ fn scenario(name: &str, seeds: u64, protected: bool, vectors: &[u64]) {
 #[test]
 fn whatever_happens_to_whatever_module_blocks_hold_what_was_written() {
     // 715: of two members that left an array at once, the second had it deleted for ever. 3484 and 7204: a mirror stayed small when the leg that it had shrunk
-    // with had grown while it was out, so that what stood on it had no room. 7808: blocks that a mirror was without while a leg was rebuilt.
-    scenario("modules", 80, false, &[715, 3484, 7204, 7808]);
+    // with had grown while it was out, so that what stood on it had no room. 7808: blocks that a mirror was without while a leg was rebuilt. 10018: a disk
+    // that was registered anew as small as it had become.
+    scenario("modules", 80, false, &[715, 3484, 7204, 7808, 10018]);
 }
 
 #[test]

@@ -364,12 +364,14 @@ impl Tower {
         bdevs.chain(arrays).collect::<Vec<_>>().join("\n")
     }
 
-    /// The top is there, and no mirror waits for a leg or rebuilds one.
+    /// The top is there, disks are as large as they were, and no mirror waits for a leg or rebuilds one.
     pub fn is_whole(&self) -> bool {
         let whole = |array: &qpair_raid::ArrayInfo| {
             array.phase == Phase::Online && array.process.is_none() && array.members.iter().all(|member| member.is_configured)
         };
-        self.is_there("disk") && self.raids.list().iter().all(whole)
+        let large =
+            |floor: &Floor| !matches!(&floor.module, Module::Disk(disk) if self.blocks(&disk.info.name) != Some(disk.info.num_blocks));
+        self.is_there("disk") && self.floors.iter().all(large) && self.raids.list().iter().all(whole)
     }
 
     fn blocks(&self, name: &str) -> Option<u64> {
