@@ -69,14 +69,20 @@ impl Raids {
             return Err(BdevError::invalid("block_size", format!("{block_size} of bdev {name}"), limit));
         }
         let same = |array: &&Arc<Array>| array.uuid.into_bytes() == found.header.uuid;
-        let known = lock(&self.arrays).iter().find(same).cloned();
-        let array = match known {
-            Some(array) => self.newest(worker, array, &found, name).await?,
-            None => self.array_of(&found)?,
-        };
-        let joined = self.admit(worker, &array, name, uuid).await;
-        self.gather(worker, &array).await;
-        joined
+        loop {
+            let known = lock(&self.arrays).iter().find(same).cloned();
+            let array = match known {
+                Some(array) => self.newest(worker, array, &found, name).await?,
+                None => self.array_of(&found)?,
+            };
+            let joined = self.admit(worker, &array, name, uuid).await;
+            self.gather(worker, &array).await;
+            // A newer superblock may have made it anew meanwhile.
+            let replaced = lock(&self.arrays).iter().find(same).is_some_and(|now| !Arc::ptr_eq(now, &array));
+            if !(replaced && matches!(joined, Err(BdevError::Removing(_)))) {
+                return joined;
+            }
+        }
     }
 
     /// The array, made anew if what was found is newer than what it was made of.

@@ -17,12 +17,18 @@ use crate::worker::Worker;
 
 /// How far ahead an array gets by a start that was forced: further than the legs that it gave up can have gone by themselves.
 const FORCED: u64 = 1 << 32;
+/// How far it gets ahead of a stranger's superblock before it writes over that one: further than those of one array are apart.
+const STRANGER: u64 = 1 << 16;
 
 impl Raids {
     /// Takes the bdev that a slot names; starts the array if it was the last, or a rebuild if the array is online.
     pub(crate) async fn configure(self: &Arc<Self>, worker: &Worker, array: &Arc<Array>, slot: usize) -> Result<(), BdevError> {
         let wanted = {
             let state = lock(&array.state);
+            if state.deleting {
+                // While this task waited for its turn: an array that nobody knows any more must not come online.
+                return Err(BdevError::Removing(array.name.clone()));
+            }
             let slot = &state.slots[slot];
             slot.name.clone().or_else(|| slot.uuid.map(|uuid| uuid.to_string())).unwrap_or_default()
         };
@@ -213,6 +219,14 @@ impl Raids {
         };
         array.tell_bases();
         let this = Mask::of(slot);
+        if array.superblock && array.is_stranger(slot) && !array.disown(worker, slot).await {
+            let mut state = lock(&array.state);
+            state.process = None;
+            state.slots[slot].clear();
+            drop(state);
+            array.tell_bases();
+            return Err(os(libc::EIO, format!("the superblock of bdev {} could not be written", member.name())));
+        }
         let target = member.clone();
         let admit = move |view: &mut View| {
             (view.members[slot], view.offsets[slot]) = (Some(target), offset);
@@ -227,6 +241,27 @@ impl Raids {
         let (array, tasks) = (array.clone(), worker.clone());
         worker.spawn(async move { array.rebuild(&tasks, slot).await });
         Ok(())
+    }
+}
+
+impl Array {
+    /// Whether superblocks do not know the member of a slot.
+    fn is_stranger(&self, slot: usize) -> bool {
+        let state = lock(&self.state);
+        let slot = &state.slots[slot];
+        slot.recorded().is_none_or(|(uuid, _)| Some(uuid) != slot.uuid)
+    }
+
+    /// Before anything is written to a stranger: what it may have been a leg of, a mirror that was started by force without this one's legs, must not come back
+    /// as that, half written over. Its superblock becomes one that calls only others current, and that is newer than any that calls itself current.
+    async fn disown(self: &Arc<Self>, worker: &Worker, slot: usize) -> bool {
+        lock(&self.state).sequence += STRANGER;
+        let serving = self.view().serving;
+        let failed = self.write_superblocks(worker, serving).await;
+        if !failed.is_empty() {
+            self.leave_now(worker, failed, BaseState::FAILED, None).await;
+        }
+        self.write_same(worker, Mask::of(slot)).await.is_empty()
     }
 }
 
