@@ -16,7 +16,7 @@ use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::{Obligations, Rng, World};
 use qpair_reactor::{LocalWaker, Poller, Reactor};
 
-use crate::model::{Fills, SharedModel, lock};
+use crate::model::{Fills, SharedModel, Spoils, lock};
 
 /// Blocks of a cell, on a bdev without zones.
 pub const CELL_BLOCKS: u64 = 16;
@@ -58,6 +58,8 @@ pub struct Allowed {
     pub frays: bool,
     /// It stands on several bdevs: one part of an I/O may be refused when others are done.
     pub scattered: bool,
+    /// Data may be spoilt on their way.
+    pub spoils: Option<Spoils>,
 }
 
 /// Who does what to which bdev.
@@ -462,6 +464,9 @@ impl Client {
                 for (number, block) in (0..).zip(pending.range()) {
                     let at = self.place(pending) + number * bytes.len() as u64;
                     memory.read(at, &mut bytes).expect("own memory");
+                    if let Some(spoils) = self.load.allowed.spoils {
+                        model.undo_spoils(&mut bytes, spoils);
+                    }
                     model.check(block, &bytes, !mirrored, frays);
                 }
             }

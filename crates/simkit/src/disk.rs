@@ -37,6 +37,8 @@ pub struct Illness {
     pub write_errors: AtomicU64,
     /// I/O that comes now ends only when it is asked to.
     pub hangs: AtomicBool,
+    /// Calls in which the module panics, per mille.
+    pub panics: AtomicU64,
 }
 
 impl Illness {
@@ -47,6 +49,7 @@ impl Illness {
 
     /// Errors end. What hangs does so until it is asked to end.
     pub fn ends_errors(&self) {
+        self.panics.store(0, Ordering::SeqCst);
         self.read_errors.store(0, Ordering::SeqCst);
         self.write_errors.store(0, Ordering::SeqCst);
     }
@@ -332,7 +335,7 @@ impl DiskChannel {
     }
 
     fn panic_as_planned(&mut self) {
-        if self.rng.chance(self.plan.panic, 1000) {
+        if self.rng.chance(self.plan.panic.max(self.illness.panics.load(Ordering::SeqCst)), 1000) {
             self.shared.inflight.fetch_sub(self.pending.len() as u64, Ordering::SeqCst);
             let mut present = lock(&self.shared.present);
             for pending in self.pending.drain(..) {

@@ -20,6 +20,6 @@ mod zones;
 
 pub use client::{Allowed, CELL_BLOCKS, Client, IOS, Load};
 pub use disk::{Illness, Plan, SimDisk};
-pub use model::{Fills, Model, SharedModel};
+pub use model::{Fills, Model, SharedModel, Spoils};
 pub use relay::Relay;
-pub use rig::{Crew, check_slabs, is_going, promise, quiet_panics, remove};
+pub use rig::{Crew, check_slabs, is_going, planned_panics, promise, quiet_panics, remove};

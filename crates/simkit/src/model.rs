@@ -52,6 +52,15 @@ impl Fills {
     }
 }
 
+/// What bdevs do to data that pass through them, or did when they were written.
+#[derive(Clone, Copy, Debug)]
+pub struct Spoils {
+    /// A byte is exclusive-ored with this.
+    pub value: u8,
+    /// So many bytes of a block at most.
+    pub most: usize,
+}
+
 /// See the module's doc. Blocks are counted from the model's first.
 #[derive(Clone)]
 pub struct Model {
@@ -59,6 +68,8 @@ pub struct Model {
     pub first: u64,
     /// Reads compared.
     pub reads: u64,
+    /// Bytes that were spoilt on their way, as they may be.
+    pub spoilt: u64,
     now: Vec<Fills>,
     durable: Vec<Fills>,
     /// From this block on nothing is known any more, whatever is written there.
@@ -79,7 +90,7 @@ impl Model {
     /// So many blocks, from `first` on, that hold what is said.
     pub fn new(first: u64, blocks: u64, content: Fills) -> SharedModel {
         let now = vec![content; blocks as usize];
-        Arc::new(Mutex::new(Self { first, reads: 0, durable: now.clone(), now, known: blocks, flushes: BTreeMap::new() }))
+        Arc::new(Mutex::new(Self { first, reads: 0, spoilt: 0, durable: now.clone(), now, known: blocks, flushes: BTreeMap::new() }))
     }
 
     /// How many blocks.
@@ -157,6 +168,21 @@ impl Model {
     pub fn crash(&mut self) {
         self.now.clone_from(&self.durable);
         self.flushes.clear();
+    }
+
+    /// Undoes what spoils may have done to a block: at most so many of its bytes differ by their value from all the others of their sector. More, or by another
+    /// value, is not theirs.
+    pub fn undo_spoils(&mut self, bytes: &mut [u8], spoils: Spoils) {
+        let mut left = spoils.most;
+        for sector in bytes.chunks_mut(crate::disk::SECTOR as usize) {
+            let mut counts = [0u32; 256];
+            sector.iter().for_each(|byte| counts[usize::from(*byte)] += 1);
+            let usual = (0..=255u8).max_by_key(|byte| counts[usize::from(*byte)]).unwrap_or(0);
+            for byte in sector.iter_mut().filter(|byte| **byte == usual ^ spoils.value).take(left) {
+                *byte = usual;
+                (left, self.spoilt) = (left - 1, self.spoilt + 1);
+            }
+        }
     }
 
     /// What was read of one block is legal; `pinned`: and stays what it is, as there is one copy; `frays`: a failed write may have ended anywhere.
@@ -259,6 +285,20 @@ mod tests {
         assert_eq!((holds(&model, 1), model.holds(2..4)), (vec![7], &[Fills::ANY; 2][..]));
         model.crash();
         assert_eq!((holds(&model, 1), model.holds(2..4)), (vec![7], &[Fills::ANY; 2][..]));
+    }
+
+    #[test]
+    fn what_is_spoilt_is_forgiven_as_often_as_it_may_be_and_no_other_way() {
+        let model = Model::new(0, 1, Fills::only(7));
+        let mut model = lock(&model);
+        let spoils = Spoils { value: 0x5a, most: 2 };
+        for (bytes, forgiven) in [(vec![7 ^ 0x5a; 2], 2), (vec![7 ^ 0x5a; 3], 2), (vec![7 ^ 0x5b], 0)] {
+            let mut block = [7; 512];
+            block[100..100 + bytes.len()].copy_from_slice(&bytes);
+            model.undo_spoils(&mut block, spoils);
+            assert_eq!(block.iter().filter(|byte| **byte != 7).count(), bytes.len() - forgiven, "{bytes:?}");
+        }
+        assert_eq!(model.spoilt, 4);
     }
 
     #[test]

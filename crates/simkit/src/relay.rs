@@ -1,6 +1,7 @@
 //! A module for the simulator that stands on a base some blocks further on, and panics as planned.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use qpair_bdev::{BdevError, Channel, ChannelId, Descriptor, Device, Info, IoId, Layer, QueueId, Registry};
 use qpair_reactor::Reactor;
@@ -8,20 +9,27 @@ use qpair_reactor::sim::{self, Rng};
 
 /// See the module's doc.
 pub struct Relay {
-    info: Info,
+    /// Can be changed until it is registered.
+    pub info: Info,
     base: Descriptor,
     shift: u64,
-    panic: u64,
+    panics: Arc<AtomicU64>,
 }
 
 impl Relay {
     /// All of `base` but its first `shift` blocks; `panic`: per mille of calls.
     pub fn register(registry: &Arc<Registry>, name: &str, base: &str, shift: u64, panic: u64) -> Result<(), BdevError> {
+        let relay = Self::new(registry, name, base, shift, &Arc::new(AtomicU64::new(panic)))?;
+        registry.register(Arc::new(relay)).map(drop)
+    }
+
+    /// The same, to be registered; how many of its calls panic can be changed at any time.
+    pub fn new(registry: &Arc<Registry>, name: &str, base: &str, shift: u64, panics: &Arc<AtomicU64>) -> Result<Self, BdevError> {
         let base = registry.open_base(base, "relay")?;
         let below = base.info().ok_or_else(|| BdevError::NoSuchBdev(base.name().to_owned()))?;
         let mut info = Info::over(&below, name, "relay");
-        info.num_blocks -= shift;
-        registry.register(Arc::new(Self { info, base, shift, panic })).map(drop)
+        info.num_blocks = info.num_blocks.saturating_sub(shift);
+        Ok(Self { info, base, shift, panics: panics.clone() })
     }
 }
 
@@ -33,14 +41,15 @@ impl Device for Relay {
     fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
         let below = layer.open_base(reactor, id, &self.base)?;
         let mut rng = sim::draw(reactor, Rng::fork);
-        if rng.chance(self.panic, 1000) {
+        if rng.chance(self.panics.load(Ordering::SeqCst), 1000) {
             panic!("planned");
         }
-        Ok(Box::new(RelayChannel { id, below, queue: layer.add_inner_queue(id), shift: self.shift, panic: self.panic, rng }))
+        let (queue, panics) = (layer.add_inner_queue(id), self.panics.clone());
+        Ok(Box::new(RelayChannel { id, below, queue, shift: self.shift, panics, rng }))
     }
 
     fn base_resized(&self, base: &Info) -> Option<u64> {
-        Some(base.num_blocks - self.shift)
+        Some(base.num_blocks.saturating_sub(self.shift))
     }
 
     fn resize(&self, _: u64) -> Result<(), BdevError> {
@@ -53,13 +62,13 @@ struct RelayChannel {
     below: ChannelId,
     queue: QueueId,
     shift: u64,
-    panic: u64,
+    panics: Arc<AtomicU64>,
     rng: Rng,
 }
 
 impl RelayChannel {
     fn panic_as_planned(&mut self) {
-        if self.rng.chance(self.panic, 1000) {
+        if self.rng.chance(self.panics.load(Ordering::SeqCst), 1000) {
             panic!("planned");
         }
     }

@@ -1,6 +1,7 @@
 //! What tests do alike: clients on every reactor, removal, and the look at what is left in the end.
 
 use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once, Weak};
 
 use qpair_bdev::lifecycle::{self, Reply};
@@ -61,6 +62,11 @@ impl Crew {
         self.models.iter().map(|(_, model)| crate::model::lock(model).reads).sum()
     }
 
+    /// Bytes that were spoilt so far.
+    pub fn spoilt(&self) -> u64 {
+        self.models.iter().map(|(_, model)| crate::model::lock(model).spoilt).sum()
+    }
+
     /// The end of a test: nobody holds their memory any more.
     pub fn check_end(&self) {
         assert!(self.memories.iter().all(|memory| memory.upgrade().is_none()), "memory is still held");
@@ -99,15 +105,21 @@ pub fn remove(world: &mut World, registry: &Arc<Registry>, name: &str) {
     world.finish();
 }
 
+static PLANNED: AtomicU64 = AtomicU64::new(0);
+
+/// How many planned panics there were in this process.
+pub fn planned_panics() -> u64 {
+    PLANNED.load(Ordering::SeqCst)
+}
+
 /// Planned panics say nothing; others do.
 pub fn quiet_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let usual = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            if panic.payload().downcast_ref::<&str>() != Some(&"planned") {
-                usual(panic);
-            }
+        std::panic::set_hook(Box::new(move |panic| match panic.payload().downcast_ref::<&str>() {
+            Some(&"planned") => drop(PLANNED.fetch_add(1, Ordering::SeqCst)),
+            _ => usual(panic),
         }));
     });
 }

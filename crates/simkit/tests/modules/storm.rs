@@ -45,10 +45,23 @@ struct Had {
     keep: Keep,
 }
 
+/// The value that data are spoilt with.
+pub const SPOILT: u8 = 0x5a;
+
+/// What happens beside all the rest.
+#[derive(Clone, Copy, Default)]
+pub struct Faults {
+    /// Modules panic.
+    pub panics: bool,
+    /// Data of these are spoilt.
+    pub spoils: Option<Op>,
+}
+
 /// See the module's doc. After its acts all is well again.
 pub struct Storm {
     tower: Arc<Tower>,
     target: Target,
+    faults: Faults,
     ledger: Obligations,
     left: u32,
     had: Arc<Mutex<Vec<Had>>>,
@@ -61,9 +74,9 @@ pub struct Storm {
 }
 
 impl Storm {
-    pub fn new(tower: Arc<Tower>, target: Target, models: Vec<SharedModel>, ledger: Obligations, left: u32) -> Self {
+    pub fn new(tower: Arc<Tower>, (target, faults): (Target, Faults), models: Vec<SharedModel>, ledger: Obligations, left: u32) -> Self {
         measures::create_group(&tower.registry, "group", Rates { rw_bytes: 50_000_000, ..Rates::default() }).expect("the first group");
-        Self { tower, target, ledger, left, had: Arc::default(), asked: Arc::default(), models, least: Mutex::default() }
+        Self { tower, target, faults, ledger, left, had: Arc::default(), asked: Arc::default(), models, least: Mutex::default() }
     }
 
     /// The bdevs that something may happen to.
@@ -121,6 +134,25 @@ impl Storm {
             }
             _ => errors.inject(&ops, what, rng.below(8) as u32, rng.below(4)).expect("within limits"),
         }
+    }
+
+    /// Some calls of a module panic from now on, or all of them.
+    fn have_panic(&self, rng: &mut Rng) {
+        use std::sync::atomic::Ordering::SeqCst;
+        let chance = *rng.pick(&[0, 5, 50, 1000]);
+        if rng.chance(1, 2) {
+            self.disk(rng).iter().for_each(|disk| disk.illness.panics.store(chance, SeqCst));
+        } else {
+            let relay = |module: &Module| if let Module::Relay(panics, _) = module { Some(panics.clone()) } else { None };
+            self.one(rng, relay).iter().for_each(|panics| panics.store(chance, SeqCst));
+        }
+    }
+
+    fn spoil(&self, op: Op, rng: &mut Rng) {
+        let errors = |module: &Module| if let Module::Error(errors) = module { Some(errors.clone()) } else { None };
+        let Some(errors): Option<Arc<Errors>> = self.one(rng, errors) else { return };
+        let what = What::Spoil { offset: rng.below(4 * u64::from(self.tower.block_size)), value: SPOILT };
+        errors.inject(&[op], what, rng.below(8) as u32, 0).expect("within limits");
     }
 
     fn slow_down(&self, rng: &mut Rng) {
@@ -250,6 +282,14 @@ impl Actor for Storm {
         }
         self.left -= 1;
         self.look_after_locks(rng, false);
+        if self.faults.panics && rng.chance(1, 3) {
+            self.have_panic(rng);
+        }
+        if let Some(op) = self.faults.spoils
+            && rng.chance(2, 3)
+        {
+            self.spoil(op, rng);
+        }
         match rng.below(16) {
             0..4 => self.sicken(rng),
             4 | 5 => self.inject(rng),

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use qpair_bdev::passthru::Passthru;
 use qpair_bdev::{BdevError, FRAMES_MAX, Info, Op, OpSet, Registry, lifecycle};
 use qpair_raid::{Level, MemberInfo, Options, Phase, Raids, Spec};
 use qpair_reactor::sim::{Obligations, Rng, World};
-use qpair_simkit::{Plan, SimDisk, promise};
+use qpair_simkit::{Plan, Relay, SimDisk, promise};
 use qpair_vbdev::delay::{Delay, Latencies};
 use qpair_vbdev::error::{ErrorBdev, Errors};
 use qpair_vbdev::part::{Part, Range};
@@ -39,6 +39,8 @@ pub enum Module {
         capacity: u64,
     },
     Raid(Array),
+    /// Panics, per mille of calls; and how far it moves its I/O.
+    Relay(Arc<AtomicU64>, u64),
 }
 
 /// What one module makes, of what is below.
@@ -70,6 +72,10 @@ pub struct Wish {
     pub zoned: bool,
     /// A mirror whose one leg may fail, at the top.
     pub mirror: bool,
+    /// Modules that panic are among the others.
+    pub panics: bool,
+    /// An error bdev at the top, and no mirror: each block is in one place.
+    pub spoils: bool,
 }
 
 impl Tower {
@@ -81,7 +87,11 @@ impl Tower {
         let mut rng = world.rng().fork();
         let height = rng.between(1, FRAMES_MAX as u64 - 1) as usize;
         let zones = if wish.zoned { rng.between(1, 3) as usize } else { 0 };
-        let base = tower.grow(&mut rng, wish.blocks + 2 * ZONE_BLOCKS, height.saturating_sub(zones).max(2), false, wish.mirror);
+        let above = zones + usize::from(wish.spoils);
+        let base = tower.grow(&mut rng, wish.blocks + 2 * ZONE_BLOCKS, height.saturating_sub(above).max(2), false, wish.mirror);
+        if wish.spoils {
+            tower.add(Module::Error(Errors::new()), vec![base.clone()], 1);
+        }
         if wish.zoned {
             tower.grow_zones(&mut rng, base, wish.blocks, zones);
         }
@@ -115,7 +125,7 @@ impl Tower {
             let disk = self.disk(rng, blocks);
             return self.add(Module::Disk(disk), Vec::new(), 1).remove(0);
         }
-        let kind = if mirror { 6 } else { rng.below(8) };
+        let kind = if mirror { 6 } else { rng.below(8 + 2 * u64::from(self.wish.panics)) };
         let (module, room) = match kind {
             0 => (Module::Passthru, blocks),
             1 => (Module::Delay(Latencies::new([20, 400, 60, 900])), blocks),
@@ -123,6 +133,10 @@ impl Tower {
             3 => {
                 let shift = rng.below(8);
                 (Module::Parts(vec![(shift, blocks)]), blocks + shift)
+            }
+            8 | 9 => {
+                let shift = rng.below(8);
+                (Module::Relay(Arc::default(), shift), blocks + shift)
             }
             _ => return self.grow_raid(rng, blocks, height, superblock, mirror),
         };
@@ -132,6 +146,7 @@ impl Tower {
 
     fn grow_raid(&mut self, rng: &mut Rng, blocks: u64, height: usize, superblock: bool, mirror: bool) -> String {
         let level = if mirror { Level::RAID1 } else { *rng.pick(&[Level::RAID0, Level::CONCAT, Level::RAID1, Level::RAID1]) };
+        let level = if self.wish.spoils && level == Level::RAID1 { Level::RAID0 } else { level };
         let superblock = superblock || rng.chance(1, 4);
         let strip_kb = if level == Level::RAID1 { 0 } else { *rng.pick(&[1, 2, 4]) };
         let members = if level == Level::RAID1 { rng.between(2, 3) } else { rng.between(1, 3) };
@@ -184,6 +199,11 @@ impl Tower {
         });
         info.supported = before.unwrap_or_else(|| OpSet::of(&ops));
         SimDisk::new(info, Plan { delay_ns: *rng.pick(&[0, 20_000, 100_000]), ..Plan::default() })
+    }
+
+    /// How many error bdevs there are.
+    pub fn errors(&self) -> usize {
+        self.floors.iter().filter(|floor| matches!(floor.module, Module::Error(_))).count()
     }
 
     pub fn is_mirrored(&self) -> bool {
@@ -267,6 +287,11 @@ impl Tower {
                 let ranges: Vec<Range> = floor.names.iter().zip(ranges).map(range).collect();
                 Part::cut(registry, below, "split", &ranges)?.into_iter().try_for_each(|part| registry.register(Arc::new(part)).map(drop))
             }
+            Module::Relay(panics, shift) => {
+                let mut relay = Relay::new(registry, name, below, *shift, panics)?;
+                relay.info.uuid = uuid_of(name).unwrap_or(relay.info.uuid);
+                registry.register(Arc::new(relay)).map(drop)
+            }
             Module::Raid(_) => Ok(()),
         }
     }
@@ -311,6 +336,7 @@ impl Tower {
                     errors.resume();
                     errors.clear();
                 }
+                Module::Relay(panics, _) => panics.store(0, Ordering::SeqCst),
                 _ => {}
             }
         }
@@ -347,6 +373,7 @@ impl Tower {
             Module::Delay(_) => "delay".to_owned(),
             Module::Error(_) => "error".to_owned(),
             Module::Zones { capacity } => format!("zones of {capacity}"),
+            Module::Relay(_, shift) => format!("relay by {shift}"),
             Module::Raid(array) => format!("{:?} strip {} superblock {}", array.level, array.strip_kb, array.superblock),
         };
         let line = |floor: &Floor| format!("{} {} over {}", floor.names.join(" "), module(floor), floor.below.join(" "));
@@ -384,6 +411,7 @@ impl Tower {
         match &floor.module {
             Module::Disk(_) | Module::Zones { .. } => None,
             Module::Passthru | Module::Delay(_) | Module::Error(_) => Some(below),
+            Module::Relay(_, shift) => Some(below.saturating_sub(*shift)),
             Module::Parts(ranges) => ranges.first().map(|(first, count)| below.saturating_sub(*first).min(*count)),
             Module::Raid(array) => {
                 let known = self.raids.list().into_iter().find(|known| known.name == floor.names[0])?;
@@ -406,6 +434,7 @@ impl Tower {
         match &floor.module {
             Module::Disk(disk) => least.get(name).copied().unwrap_or(disk.info.num_blocks),
             Module::Passthru | Module::Delay(_) | Module::Error(_) | Module::Zones { .. } => below,
+            Module::Relay(_, shift) => below.saturating_sub(*shift),
             Module::Parts(ranges) => {
                 let part = floor.names.iter().position(|part| part == name).map_or((0, 0), |at| ranges[at]);
                 below.saturating_sub(part.0).min(part.1)
