@@ -174,7 +174,12 @@ pub struct Io {
     pub metadata: SgList,
     /// For [`Op::NvmeIo`] and [`Op::NvmeAdmin`].
     pub command: [u8; 64],
+    /// Of one out of a channel's reserve: which I/O it does a part of, by [`IoId::pack`]; for trace points.
+    pub(crate) origin: u64,
 }
+
+/// No I/O, where one could be named.
+pub(crate) const NO_IO: u64 = u64::MAX;
 
 const _: () = assert!(std::mem::offset_of!(Io, generation) == 64 && std::mem::offset_of!(Io, frames) == 96, "a line for each visit");
 const _: () = assert!(size_of::<Frame>() == 32 && (size_of::<Io>() / 64) % 2 == 1, "an odd number of lines");
@@ -200,6 +205,7 @@ impl Io {
             source_lba: 0,
             metadata: SgList::new(),
             command: [0; 64],
+            origin: NO_IO,
         }
     }
 
@@ -207,6 +213,14 @@ impl Io {
     #[inline]
     pub fn frame(&self) -> &Frame {
         &self.frames[usize::from(self.depth) - 1]
+    }
+
+    /// The I/O that it does a part of, if it is made for one.
+    pub(crate) fn parent(&self) -> u64 {
+        match self.passed().first() {
+            Some(first) if self.flags.contains(IoFlags::CHILD) => first.tag,
+            _ => self.origin,
+        }
     }
 
     /// All frames, the front end's first.
@@ -280,6 +294,9 @@ impl Slab {
             self.ios.push(Io { reserved: true, ..Io::vacant() });
         }
         let indices = self.spare.split_off(self.spare.len() - count);
+        for index in &indices {
+            self.ios[*index as usize].origin = NO_IO;
+        }
         indices.into_iter().map(|index| self.start(index)).collect()
     }
 

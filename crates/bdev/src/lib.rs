@@ -36,6 +36,7 @@ pub mod python;
 pub mod ranges;
 mod registry;
 pub mod stats;
+pub mod trace;
 mod sync {
     //! The model checks compile what uses these with loom's in this place.
     pub(crate) use std::sync::atomic;

@@ -20,7 +20,7 @@ use crate::layer::watch::{Sampled, Sampler};
 use crate::lifecycle::{Answer, Reply, Stance, on_channels};
 use crate::limit::{Limiter, Rates};
 use crate::stats::Reset;
-use crate::{BdevError, ChannelId, DeviceId, Hold, Layer, Registry, Stats};
+use crate::{BdevError, ChannelId, DeviceId, Hold, Layer, Op, Registry, Stats, trace};
 
 /// More than anybody sorts bdevs into, so that a slip is refused.
 pub const GROUPS_MAX: usize = 65536;
@@ -41,10 +41,10 @@ impl Measures {
     }
 
     /// A channel's histogram, begun anew unless it is the one of before.
-    pub(crate) fn histogram_for(&self, before: Option<Box<Counting>>) -> Option<Box<Counting>> {
+    pub(crate) fn histogram_for(&self, before: Option<Counting>) -> Option<Counting> {
         let begun = self.histogram.as_ref()?;
         let same = before.filter(|before| Arc::ptr_eq(&before.begun, begun));
-        same.or_else(|| Some(Box::new(Counting { begun: begun.clone(), histogram: Histogram::new(**begun) })))
+        same.or_else(|| Some(Counting { begun: begun.clone(), histogram: Histogram::new(**begun) }))
     }
 }
 
@@ -52,6 +52,22 @@ impl Measures {
 pub(crate) struct Counting {
     begun: Arc<Shape>,
     pub(crate) histogram: Histogram,
+}
+
+/// What looks at each I/O of a channel that ends. A channel has none where nothing does, so that all of them together cost one look.
+pub(crate) struct Observer {
+    pub(crate) counting: Option<Counting>,
+    /// Trace points are on.
+    pub(crate) traced: bool,
+}
+
+impl Observer {
+    #[inline(always)]
+    pub(crate) fn book(&mut self, op: Op, elapsed_ns: u64) {
+        if let Some(counting) = &mut self.counting {
+            counting.histogram.book(op, elapsed_ns);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -75,11 +91,16 @@ struct Inner {
 
 /// See the module's doc.
 #[derive(Default)]
-pub(crate) struct Board(Mutex<Inner>);
+pub(crate) struct Board(Mutex<Inner>, trace::Wanted);
 
 impl Board {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which trace points are to be on.
+    pub(crate) fn trace(&self) -> &trace::Wanted {
+        &self.1
     }
 
     /// What a device is to do.

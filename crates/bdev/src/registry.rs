@@ -14,7 +14,7 @@ use crate::{BdevError, Buffer, ChannelId, Device, Info, Layer, Stats};
 
 /// Names a device for the life of the registry; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct DeviceId(u64);
+pub struct DeviceId(pub(crate) u64);
 
 /// What happened to a bdev.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ use qpair_bdev::malloc::Malloc;
 use qpair_bdev::measures;
 use qpair_bdev::null::Null;
 use qpair_bdev::passthru::Passthru;
+use qpair_bdev::trace::{self, ALL_POINTS};
 use qpair_bdev::{ChannelId, Device, IoId, Layer, Op, OpSet, QueueId, Registry, Status};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::sim::World;
@@ -114,6 +115,19 @@ fn limits_and_histograms_allocate_nothing() {
     assert_eq!(allocations_with(Arc::new(Null::new("null", 512, 1024, None, 0)), measured), 0);
 }
 
+/// In a tower, so that what is passed on leaves records, too.
+fn trace_points_allocate_nothing() {
+    let traced = |on_and_off: &'static [u8]| {
+        move |registry: &Arc<Registry>, _: &str| {
+            registry.register(Arc::new(Passthru::new(registry, "top", "null", None).unwrap())).unwrap();
+            on_and_off.iter().for_each(|points| trace::set(registry, *points, Box::new(|outcome| outcome.unwrap())));
+        }
+    };
+    let null = || Arc::new(Null::new("null", 512, 1024, None, 0));
+    assert_eq!(allocations_upon(null(), "top", traced(&[ALL_POINTS])), 0, "on");
+    assert_eq!(allocations_upon(null(), "top", traced(&[ALL_POINTS, 0])), 0, "off again");
+}
+
 /// Keeps 8 I/Os under way on a bdev that takes 10,000 a second.
 struct Waiting {
     queue: Option<QueueId>,
@@ -176,6 +190,7 @@ fn waiting_for_a_limit_allocates_nothing() {
 fn nothing_is_allocated_in_steady_state() {
     reads_and_writes_at_depth_128_allocate_nothing();
     limits_and_histograms_allocate_nothing();
+    trace_points_allocate_nothing();
     waiting_for_a_limit_allocates_nothing();
     a_tower_allocates_nothing();
 }

@@ -9,6 +9,7 @@ use qpair_wire::nvme::Status;
 use super::{ChannelState, Layer, Owner, QueueId, check};
 use crate::io::{Slab, State};
 use crate::stats::Run;
+use crate::trace::Point;
 use crate::{ChannelId, Frame, IoFlags, IoId, Op};
 
 impl Layer {
@@ -95,7 +96,7 @@ impl Layer {
     pub(super) fn pass_run(&mut self, above: ChannelId, batch: &[IoId]) -> usize {
         let (Some(first), Some(Some(slot))) = (batch.first(), self.slots.get_mut(above.0 as usize)) else { return 0 };
         let io = self.ios.get(*first);
-        if io.depth < 2 || !slot.is_calm() || slot.histogram.is_some() {
+        if io.depth < 2 || !slot.is_calm() || slot.counts() {
             return 0;
         }
         let (queue, mut run) = (io.frames[usize::from(io.depth) - 2].queue, Run::of(io.op));
@@ -133,6 +134,9 @@ impl Layer {
     fn end_run(&mut self, channel: ChannelId, queue: QueueId, ended: &[IoId], run: Run) {
         if ended.is_empty() {
             return;
+        }
+        if self.trace.is_on() {
+            self.trace_batch(channel, ended, Point::Done.bit());
         }
         if let Some(slot) = &mut self.slots[channel.0 as usize] {
             run.end(&mut slot.stats);
@@ -196,8 +200,8 @@ impl Layer {
             let elapsed_ns = self.now_ns.saturating_sub(frame.submitted_ns);
             (io.state, io.status) = (State::Done, status);
             run.book(&mut slot.stats, io.op, io.blocks << shift, elapsed_ns, status);
-            if let Some(counting) = &mut slot.histogram {
-                counting.histogram.book(io.op, elapsed_ns);
+            if let Some(observer) = &mut slot.observer {
+                observer.book(io.op, elapsed_ns);
             }
             done += 1;
         }

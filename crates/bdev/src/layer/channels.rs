@@ -12,6 +12,7 @@ use qpair_reactor::{Poller, Reactor};
 use super::{ChannelState, Layer, Owner, Slot};
 use crate::measures::Counting;
 use crate::stats::Reset;
+use crate::trace::Point;
 use crate::{BdevError, Channel, ChannelId, Device, DeviceId, Info, Registry, Stats};
 
 /// Children reserved for splitting, for each channel whose device has limits.
@@ -62,7 +63,7 @@ impl Layer {
             split_queue,
             limits: None,
             stats: Stats::default(),
-            histogram: None,
+            observer: None,
             when_quiet: Vec::new(),
             poller,
             plugged: false,
@@ -80,6 +81,7 @@ impl Layer {
                 }
                 self.by_device.insert(device_id, id);
                 self.adopt(id);
+                self.trace_channel(id, Point::ChannelCreate);
                 reactor.install_poller(poller, Box::new(ChannelPoller { layer: self.me.clone(), channel: id }));
                 Ok(id)
             }
@@ -147,10 +149,12 @@ impl Layer {
 
     pub(super) fn free_slot(&mut self, reactor: &mut Reactor, id: ChannelId) {
         self.leave_bases(id);
+        self.trace_channel(id, Point::ChannelDestroy);
         if let Some(slot) = self.slots[id.0 as usize].take() {
             slot.children.into_iter().chain(slot.helpers).chain(slot.reserve).for_each(|child| self.ios.give_back(child));
             slot.registry.book(slot.device_id, &slot.stats);
-            slot.histogram.iter().for_each(|gone| slot.registry.board().keep(slot.device_id, gone));
+            let counting = slot.observer.iter().filter_map(|observer| observer.counting.as_ref());
+            counting.for_each(|gone| slot.registry.board().keep(slot.device_id, gone));
             self.remove_queue(slot.split_queue);
             // Those of a module that could not do it itself: the channel's name may be given again.
             let own = |queue: &super::Queue| matches!(queue.owner, Owner::Channel(owner) if owner == id);
@@ -203,7 +207,7 @@ impl Layer {
 
     /// The channel's histogram, if it has one.
     pub(crate) fn counting(&self, id: ChannelId) -> Option<&Counting> {
-        self.slot(id)?.histogram.as_deref()
+        self.slot(id)?.observer.as_ref()?.counting.as_ref()
     }
 
     /// New I/O waits from now on.

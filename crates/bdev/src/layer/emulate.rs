@@ -18,6 +18,7 @@ use super::split::{ZEROS, slice, whole_units};
 use super::{ChannelState, Layer};
 use crate::io::State;
 use crate::ranges::{self, Keep, RangeLock};
+use crate::trace::Point;
 use crate::{BdevError, ChannelId, Info, Io, IoFlags, IoId, Op};
 
 /// I/Os set aside for each channel.
@@ -210,11 +211,14 @@ impl Layer {
 
     /// As any I/O, but past whatever keeps new I/O out: the parent was let in.
     fn route_helper(&mut self, reactor: &mut Reactor, channel: ChannelId, helper: IoId, info: &Info) {
+        if self.trace.is_on() {
+            self.trace_batch(channel, &[helper], Point::Start.bit());
+        }
         let Some(slot) = &mut self.slots[channel.0 as usize] else { return };
         match check::route(info, self.ios.get(helper)) {
             Route::Plain => {
                 slot.inflight += 1;
-                self.dispatch(reactor, channel, &[helper]);
+                self.dispatch(reactor, channel, &[helper], Point::Issue.bit());
             }
             Route::Split => {
                 let io = self.ios.get_mut(helper);

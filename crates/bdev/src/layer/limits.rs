@@ -33,6 +33,7 @@ use super::dues::{Cost, Due, Late, Line};
 use super::{Layer, Slot};
 use crate::io::{Slab, State};
 use crate::limit::{KINDS, Limiter, NAMES, Rates, UNIT_BYTES};
+use crate::trace::Why;
 use crate::{ChannelId, DeviceId, Info, Io, IoFlags, IoId, Notice, Op, Registry};
 
 /// What pays apart: reads, and writes.
@@ -347,6 +348,7 @@ impl Layer {
                 if let Some(limits) = &mut slot.limits {
                     limits.pop(lane, now_ns);
                 }
+                self.trace.wait(slot.device_id, id, io, Why::Range, now_ns);
                 continue;
             }
             let route = check::route(&slot.info, io);
@@ -431,7 +433,7 @@ impl Layer {
         }
         slot.limits = Throttle::new(slot.limits.take(), wanted.limiters());
         self.throttled.forget(channel);
-        slot.histogram = wanted.histogram_for(slot.histogram.take());
+        self.observe(channel, &wanted);
         self.call_attention(channel);
     }
 }

@@ -12,6 +12,7 @@
 //! device resumes, or when it closes; parents when their last child ends; those with a device by the device's
 //! contract, and when a module panics by [`Layer::poison`], which completes whatever it still had.
 
+mod abort;
 mod batch;
 mod channels;
 mod check;
@@ -22,6 +23,7 @@ mod ranges;
 mod settle;
 mod split;
 mod stacking;
+mod trace;
 pub mod watch;
 
 use std::cell::RefCell;
@@ -34,11 +36,13 @@ use qpair_reactor::{LocalWaker, PollerId, Reactor};
 use qpair_wire::nvme::Status;
 
 use crate::io::{Slab, State};
-use crate::measures::Counting;
+use crate::measures::Observer;
 use crate::ranges::Range;
+use crate::trace::{Point, Why};
 use crate::{Channel, Device, DeviceId, FRAMES_MAX, Frame, Info, Io, IoFlags, IoId, Op, Registry, Stats, lifecycle};
 use check::Route;
 pub(crate) use split::{ZEROS, slice};
+use trace::ENTERED;
 
 /// I/Os of a reactor unless configured.
 pub const IOS_DEFAULT: u32 = 2048;
@@ -115,7 +119,7 @@ pub(crate) struct Slot {
     split_queue: QueueId,
     limits: Option<Box<limits::Throttle>>,
     stats: Stats,
-    histogram: Option<Box<Counting>>,
+    observer: Option<Box<Observer>>,
     when_quiet: Vec<Then>,
     poller: PollerId,
     plugged: bool,
@@ -151,6 +155,12 @@ impl Slot {
         self.closing && self.is_quiet() && self.resets == 0 && nothing_waits
     }
 
+    /// Whether there is a histogram.
+    #[inline]
+    fn counts(&self) -> bool {
+        self.observer.as_ref().is_some_and(|observer| observer.counting.is_some())
+    }
+
     #[inline]
     fn room(&self) -> usize {
         match self.info.queue_depth {
@@ -182,6 +192,7 @@ pub struct Layer {
     waker: Option<LocalWaker>,
     throttled: limits::Throttled,
     watches: Vec<watch::Watch>,
+    trace: trace::Tracer,
     now_ns: u64,
 }
 
@@ -225,6 +236,7 @@ impl Layer {
             waker: None,
             throttled: limits::Throttled::default(),
             watches: Vec::new(),
+            trace: trace::Tracer::default(),
             now_ns: 0,
         }
     }
@@ -327,7 +339,7 @@ impl Layer {
     pub fn submit(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
         self.now_ns = reactor.now_ns();
         if self.all_plain(channel, batch) {
-            self.dispatch(reactor, channel, batch);
+            self.dispatch(reactor, channel, batch, ENTERED);
         } else {
             self.submit_slowly(reactor, channel, batch);
         }
@@ -341,6 +353,9 @@ impl Layer {
             assert!(io.may_be_submitted(), "I/O submitted in state {:?}", io.state);
         }
         assert!(self.slot(channel).is_some_and(|slot| !slot.closing), "I/O submitted to a channel that was closed");
+        if self.trace.is_on() {
+            self.trace_batch(channel, batch, Point::Start.bit());
+        }
         let mut ready = self.borrow_list();
         for &id in batch {
             let now_ns = self.now_ns;
@@ -353,12 +368,16 @@ impl Layer {
             if slot.state != ChannelState::Closed && (slot.state == ChannelState::Paused || behind) {
                 io.state = State::Waiting;
                 slot.waiting.push_back(id);
+                let why = if slot.state == ChannelState::Paused { Why::Paused } else { Why::Full };
+                self.trace.wait(slot.device_id, id, io, why, now_ns);
                 continue;
             }
-            self.route(reactor, channel, id, &mut ready);
+            if !self.route(reactor, channel, id, &mut ready) {
+                self.trace_full(channel, id);
+            }
         }
         if !ready.is_empty() {
-            self.dispatch(reactor, channel, &ready);
+            self.dispatch(reactor, channel, &ready, Point::Issue.bit());
         }
         self.return_list(ready);
         self.pump_splits(reactor, channel);
@@ -387,9 +406,11 @@ impl Layer {
         }
         let io = self.ios.get_mut(id);
         if !slot.gate.ranges.is_empty() && Self::stays_out(slot, id, io) {
+            self.trace.wait(slot.device_id, id, io, Why::Range, self.now_ns);
             return true;
         }
         if slot.limits.is_some() && Self::holds_back(&mut self.throttled, slot, channel, id, io, self.now_ns) {
+            self.trace.wait(slot.device_id, id, io, Why::Limit, self.now_ns);
             return true;
         }
         self.start(reactor, channel, id, ready)
@@ -446,9 +467,12 @@ impl Layer {
         self.complete(id, status);
     }
 
-    /// Passes I/Os that are booked in flight to their channel. One that finished all it had has no doorbell to ring.
+    /// Passes I/Os that are booked in flight to their channel; `points` are those that they pass now. One that finished all it had has no doorbell to ring.
     #[inline]
-    fn dispatch(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId]) {
+    fn dispatch(&mut self, reactor: &mut Reactor, channel: ChannelId, batch: &[IoId], points: u8) {
+        if self.trace.is_on() {
+            self.trace_batch(channel, batch, points);
+        }
         self.with_channel(reactor, channel, |module, layer, reactor| module.submit(layer, reactor, batch));
         if let Some(slot) = &mut self.slots[channel.0 as usize]
             && slot.inflight > 0
@@ -491,8 +515,11 @@ impl Layer {
                 let bytes = io.blocks << slot.info.block_size.trailing_zeros();
                 let elapsed_ns = self.now_ns.saturating_sub(submitted_ns);
                 slot.stats.book(io.op, bytes, elapsed_ns, status);
-                if let Some(counting) = &mut slot.histogram {
-                    counting.histogram.book(io.op, elapsed_ns);
+                if let Some(observer) = &mut slot.observer {
+                    observer.book(io.op, elapsed_ns);
+                    if observer.traced {
+                        self.trace.done(slot.device_id, id, io, self.now_ns);
+                    }
                 }
             }
             if !slot.is_calm() && !slot.attention {
@@ -549,53 +576,9 @@ impl Layer {
         frame
     }
 
-    /// Asks for an early end of an I/O. One that waits here ends at once; one with its device ends when the device says.
-    pub fn abort(&mut self, reactor: &mut Reactor, id: IoId) {
-        if !self.ios.is_current(id) {
-            return;
-        }
-        let io = self.ios.get_mut(id);
-        if !matches!(io.state, State::Waiting | State::Submitted) {
-            return;
-        }
-        let channel = io.frame().channel;
-        if io.state == State::Waiting {
-            if let Some(slot) = &mut self.slots[channel.0 as usize] {
-                slot.waiting.retain(|other| *other != id);
-                slot.gate.outside.retain(|other| *other != id);
-                slot.limits.iter_mut().for_each(|limits| limits.forget(id, self.now_ns));
-            }
-            return self.refuse(channel, id, Status::ABORT_REQUESTED);
-        }
-        if !io.flags.contains(IoFlags::SPLIT) {
-            self.with_channel(reactor, channel, |module, layer, reactor| module.abort(layer, reactor, id));
-        } else if io.op != Op::Reset {
-            // Nothing more of it is handed out; its children are asked to end.
-            if !io.status.is_error() {
-                io.status = Status::ABORT_REQUESTED;
-            }
-            for child in self.children_of(channel, id) {
-                self.abort(reactor, child);
-            }
-            self.call_attention(channel);
-        }
-    }
-
     #[inline]
     fn slot(&self, channel: ChannelId) -> Option<&Slot> {
         self.slots.get(channel.0 as usize).and_then(Option::as_ref)
-    }
-
-    /// Asks for an early end of everything that will come to `queue`. Walks the slab: control plane only.
-    pub fn abort_queue(&mut self, reactor: &mut Reactor, queue: QueueId) {
-        let of_queue = |id: &IoId| {
-            let io = self.ios.get(*id);
-            io.depth > 0 && io.frame().queue == queue
-        };
-        for id in self.ios.names().filter(of_queue).collect::<Vec<_>>() {
-            self.abort(reactor, id);
-        }
-        self.settle(reactor);
     }
 
     /// The turn's time as the layer knows it.

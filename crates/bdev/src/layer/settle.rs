@@ -10,6 +10,7 @@ use qpair_wire::nvme::Status;
 
 use super::{ChannelState, Layer, Owner, QueueId, Then};
 use crate::io::State;
+use crate::trace::Point;
 use crate::{Channel, ChannelId, Io, IoFlags, IoId};
 
 /// Settles when nobody who reaps does: a submitter need not wait for its first completion to have its second.
@@ -86,7 +87,7 @@ impl Layer {
         }
         if !ready.is_empty() {
             // What ends at once makes room, and calls attention again.
-            self.dispatch(reactor, channel, &ready);
+            self.dispatch(reactor, channel, &ready, Point::Issue.bit());
         }
         self.return_list(ready);
     }
@@ -108,7 +109,12 @@ impl Layer {
         let place = &mut self.queues[queue.0 as usize];
         let entries = std::mem::replace(&mut place.entries, spare);
         match place.owner {
-            Owner::Split(channel) => entries.iter().for_each(|id| self.end_child(channel, *id)),
+            Owner::Split(channel) => {
+                if self.trace.is_on() {
+                    self.trace_batch(channel, &entries, Point::Done.bit());
+                }
+                entries.iter().for_each(|id| self.end_child(channel, *id));
+            }
             Owner::Channel(channel) => match self.slot(channel) {
                 Some(slot) if !slot.gone => {
                     let call =

@@ -12,6 +12,7 @@ use qpair_memory::{Mapping, MemoryError, Pages, Region, SgList, Sge};
 use qpair_reactor::Reactor;
 use qpair_wire::nvme::Status;
 
+use super::trace::ENTERED;
 use super::{ChannelState, Layer};
 use crate::io::State;
 use crate::{ChannelId, Info, Io, IoFlags, IoId, Op};
@@ -28,7 +29,7 @@ impl Layer {
             batch.push(child);
         }
         if !batch.is_empty() {
-            self.dispatch(reactor, channel, &batch);
+            self.dispatch(reactor, channel, &batch, ENTERED);
         }
         self.return_list(batch);
     }

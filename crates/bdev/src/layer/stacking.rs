@@ -8,6 +8,7 @@
 use qpair_reactor::Reactor;
 use qpair_wire::nvme::Status;
 
+use super::trace::ENTERED;
 use super::{Layer, QueueId};
 use crate::io::State;
 use crate::{BdevError, ChannelId, Descriptor, IoFlags, IoId, Op};
@@ -72,7 +73,7 @@ impl Layer {
     ) {
         self.now_ns = reactor.now_ns();
         if self.all_pass(below, queue, tag, batch, covered, &place) {
-            return self.dispatch(reactor, below, batch);
+            return self.dispatch(reactor, below, batch, ENTERED);
         }
         // A stale name is found before anything is touched.
         for id in batch {
@@ -164,6 +165,6 @@ impl Layer {
         let io = self.ios.get_mut(child);
         (io.op, io.flags, io.lba, io.blocks, io.source_lba, io.command) =
             (op, flags - IoFlags::SPLIT - IoFlags::CHILD, lba, blocks, source_lba, command);
-        (io.list, io.metadata, io.sized) = (list, metadata, 0);
+        (io.list, io.metadata, io.sized, io.origin) = (list, metadata, 0, parent.pack());
     }
 }
