@@ -35,12 +35,12 @@ async def test_serve_says_where_it_listens_is_ready_and_stops_cleanly(serve: Any
 
 
 async def test_spdks_flags_are_accepted_and_those_without_effect_named(serve: Any) -> None:
-    server = await serve("-s", "1024", "-u", "--no-huge", "--no-pci", "-L", "nvmf", "-e", "0xffff", "--main-core", "0")
+    server = await serve("-s", "1024", "-u", "--no-huge", "--no-pci", "-L", "nvmf", "-e", "thread", "--main-core", "0")
     await server.line()
     assert await server.line() == "ready"
     code, err = await server.end()
     assert code == 0
-    for flag in ("--mem-size", "--no-pci", "--no-huge", "--tpoint-group", "-L nvmf", "--main-core"):
+    for flag in ("--mem-size", "--no-pci", "--no-huge", "-e thread", "-L nvmf", "--main-core"):
         assert f"{flag} is accepted and has no effect here" in err
 
 

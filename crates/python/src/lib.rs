@@ -31,6 +31,7 @@ mod pyfilter;
 mod pyring;
 mod pyworker;
 mod raid;
+mod trace;
 mod values;
 mod vbdev;
 mod vbdev_modules;

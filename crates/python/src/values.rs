@@ -14,12 +14,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyInt};
 use qpair_bdev::histogram::Histogram;
 use qpair_bdev::measures::Report;
+use qpair_bdev::trace::Page;
 use qpair_bdev::{BdevError, Status};
 use qpair_memory::MemoryError;
 use qpair_perf::Report as PerfReport;
 
-use crate::measures;
 use crate::pool::{Pooled, ReadView};
+use crate::{measures, trace};
 
 pyo3::create_exception!(
     qpair._engine,
@@ -156,6 +157,7 @@ pub enum Value {
     Read(ReadData),
     Statistics(Vec<(String, Report)>),
     Histogram(Box<Histogram>),
+    Trace(Vec<Page>),
     Perf(Box<PerfReport>),
     /// A descriptor that is Python's from then on, and the size of what it maps.
     Inflight(OwnedFd, u64),
@@ -169,6 +171,10 @@ impl Value {
             Self::Read(data) => data.into_python(py)?,
             Self::Perf(report) => crate::perf::report_dict(py, &report)?.into_any().unbind(),
             Self::Inflight(fd, size) => (fd.into_raw_fd(), size, 0).into_pyobject(py)?.into_any().unbind(),
+            Self::Trace(pages) => {
+                let dicts = pages.iter().map(|page| trace::page_dict(py, page)).collect::<PyResult<Vec<_>>>()?;
+                dicts.into_pyobject(py)?.into_any().unbind()
+            }
             Self::Histogram(histogram) => measures::histogram_dict(py, &histogram)?.into_any().unbind(),
             Self::Statistics(list) => {
                 let dicts = list.iter().map(|(name, report)| measures::report_dict(py, name, report)).collect::<PyResult<Vec<_>>>()?;

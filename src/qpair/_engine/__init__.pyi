@@ -301,6 +301,14 @@ class Engine:
         """Reply: ``granularity, min_range, max_range, buckets: bytes`` (little-endian 64-bit counts). ``EFAULT`` unless enabled."""
 
     def bdev_set_sampling(self, name: str, period_us: int) -> int: ...
+    def trace_set(self, points: int) -> int:
+        """These trace points on (a mask of bits, see `qpair.bdev.trace.POINTS`), others off. Reply: None, when all reactors do so."""
+
+    def trace_read(self, cursor: Sequence[int], max_records: int) -> int:
+        """``cursor``: of each reactor the number of the first record wanted; missing: the oldest there is, too large: those to come. Reply: one dict a reactor,
+        ``lcore, records: bytes`` (48 each, see `qpair.bdev.trace.decode`), ``next`` (cursor to go on from), ``lost`` (overwritten before), ``names: {number: bdev}``.
+        ``max_records``: of each reactor, 0 to 4096."""
+
     def bdev_set_timeout(self, descriptor: int, timeout_ms: int) -> None:
         """`IoTimeout` for each I/O of that descriptor that takes longer, and again for each further time-out that passes; 0 ends it. An I/O is told up to a
         quarter of the time-out (at least 1 ms, at most 1 s) later."""

@@ -28,7 +28,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from qpair.app.loop_thread import ControlThread
@@ -260,6 +260,11 @@ class BlockingStack(_Twin[Stack]):
     def measure(self, bdev: str | BlockingDisk, **options: Any) -> PerfResult:
         """As `Stack.measure`."""
         return self._control.run(self._real.measure(_name(bdev), **options))
+
+    def trace(self, points: Iterable[str] | None = None, *, bdevs: Iterable[str] | None = None) -> BlockingObject:
+        """As `Stack.trace`: ``with stack.trace() as trace: ...``."""
+        control = self._control
+        return BlockingObject(control, control.call(lambda: self._real.trace(points, bdevs=bdevs)), self)
 
     def events(self, *, timeout_s: float | None = None) -> BlockingEvents:
         """As `Stack.events`: ``for event in stack.events(): ...``. It listens from this call on. ``timeout_s``: end the iteration when

@@ -30,6 +30,7 @@ RPC_MODULES = (
     "qpair.bdev.rpc",
     "qpair.bdev.rpc_events",
     "qpair.bdev.rpc_options",
+    "qpair.bdev.rpc_trace",
     "qpair.bdev.measures",
     "qpair.virtio.rpc",
     "qpair.vhost.rpc",

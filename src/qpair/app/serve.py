@@ -90,6 +90,8 @@ class ServeOptions:
     log_level: str = "NOTICE"
     pid_file: str | None = None
     http: HttpOptions | None = None
+    trace_mask: int = 0
+    """Trace points of the group ``bdev`` that are on from the start."""
     notes: list[str] = field(default_factory=list)
     """Flags that were accepted and have no effect."""
 
@@ -141,6 +143,8 @@ class _Process:
         try:
             await stack.start()
             self._watching = asyncio.create_task(self._manager.watch(stack), name="watchdog")
+            if options.trace_mask:
+                await stack.tracing.set(options.trace_mask)
             if config is not None:
                 await load_startup(stack, config)
             if options.wait_for_rpc:

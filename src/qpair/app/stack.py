@@ -27,6 +27,7 @@ from qpair.app.inert import InertStore
 from qpair.app.rooms import make_subsystems
 from qpair.app.subsystems import ConfigEntry, Subsystem, order
 from qpair.app.systemd import PassedSockets
+from qpair.bdev.trace import Trace, Tracing
 from qpair.errors import Busy, ForkedStack, NoSuchDevice, StackStopped, from_engine
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Stack:
         self.inert = InertStore()
         self.passed_sockets = PassedSockets()
         """Listening sockets that somebody else opened, for whoever is to listen on their paths."""
+        self.tracing = Tracing(self)
         self.stop_deadline_ms = stop_deadline_ms
         self.stop_requested: Callable[[str], None] | None = None
         """Set by ``qpair serve``: what ``spdk_kill_instance`` calls with the signal's name."""
@@ -353,6 +355,11 @@ class Stack:
     async def measure(self, bdev: str | BdevHandle, **options: Any) -> PerfResult:
         """As `perf`, and wait for the result."""
         return await (await self.perf(bdev, **options)).result()
+
+    def trace(self, points: Iterable[str] | None = None, *, bdevs: Iterable[str] | None = None) -> Trace:
+        """``async with stack.trace() as trace: ...``: trace points are on within; then ``trace.records`` is what they told, ``trace.summary()`` how long I/Os took
+        at each bdev. ``points``: names of `qpair.bdev.trace.POINTS`, by default what the summary needs; ``bdevs``: keep records of these alone."""
+        return Trace(self.tracing, points, bdevs)
 
     def events(self) -> EventReader:
         """``async for event in stack.events()``: bdevs that appear, vanish, change size, fail or are throttled, from this call on; see `qpair.bdev.events`.

@@ -34,6 +34,7 @@ app = typer.Typer(
     qpair rpc -r /tmp/qpair.sock ...    change it
     qpair perf null:1TiB                measure
     qpair dd --ib disk0 --of disk.img   copy
+    qpair trace                         where I/Os spend their time
 
     Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 no server answers;
     130 interrupted. With --json, errors are JSON too. More: docs/cli.md.""",
@@ -278,6 +279,35 @@ def perf(
         as_json=as_json,
     )
     raise typer.Exit(measure(options))
+
+
+@app.command(
+    "trace",
+    epilog="""\b
+Examples:
+  qpair trace                   two seconds, every bdev
+  qpair trace -t 10 disk0       ten seconds, disk0 alone
+  qpair trace --json | jq '.layers[] | {bdev, op, p99_ns}'""",
+)
+def trace(
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[BDEV]...", help="Show these; default: all.", autocompletion=complete.bdevs),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--time", "-t", metavar="SECONDS", min=0.01, max=3600, help="How long.")] = 2.0,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Show how long I/Os take at each bdev that they come through.
+
+    Trace points of the server are turned on meanwhile. OWN is the time
+    without the bdevs below, WAIT what came before the bdev's module had
+    it: limits, a full device, locks. Ctrl-C ends it early.
+    """
+    from qpair.cli.trace import TraceOptions
+    from qpair.cli.trace import trace as real
+
+    raise typer.Exit(real(TraceOptions(names=tuple(names or ()), address=address, seconds=seconds, as_json=as_json)))
 
 
 @app.command("version")

@@ -7,17 +7,17 @@ import sys
 
 from qpair.app.logs import FLAGS, LEVELS
 from qpair.app.serve import PASSWORD_VARIABLE, HttpOptions, ServeOptions, run
+from qpair.bdev.trace import parse_groups
 from qpair.cli.unit import UNITS, unit
 from qpair.errors import QpairError
 
 __all__ = ["parser", "serve"]
 
-# SPDK's flags about hugepages, PCI, tracing and DPDK: taken so that start scripts work, without effect here.
+# SPDK's flags about hugepages, PCI and DPDK: taken so that start scripts work, without effect here.
 _IGNORED: tuple[tuple[tuple[str, ...], bool, str], ...] = (
     (("-s", "--mem-size"), True, "memory size in MB"),
     (("-u", "--no-pci"), False, "no PCI"),
     (("--no-huge",), False, "no hugepages: they are never needed"),
-    (("-e", "--tpoint-group"), True, "trace groups"),
     (("-i", "--shm-id"), True, "shared memory id"),
     (("-p", "--main-core"), True, "main core"),
     (("-n", "--mem-channels"), True, "memory channels"),
@@ -56,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
     add("-f", dest="pid_file", metavar="FILE", help="write the process id there once ready")
     add("-L", "--logflag", action="append", default=[], metavar="FLAG", help=f"debug messages of {', '.join(FLAGS)} or all")
     add("--log-level", choices=list(LEVELS), default="NOTICE", help="print nothing less severe (default %(default)s)")
+    add(
+        "-e",
+        "--tpoint-group",
+        metavar="GROUP[:POINTS]",
+        help="trace points on from the start: bdev, 0x8, bdev:0x3, bdev:BDEV_IO_DONE; several with commas",
+    )
     add("--busy-poll", action="store_true", help="reactors never sleep")
     add(
         "--spin-us",
@@ -110,6 +116,8 @@ def _options(given: argparse.Namespace) -> ServeOptions:
             flags.append(flag)
         else:
             notes.append(f"-L {flag}")
+    trace_mask, idle = (0, []) if given.tpoint_group is None else parse_groups(given.tpoint_group)
+    notes += [f"-e {group}" for group in idle]
     return ServeOptions(
         address=given.rpc_socket,
         mask=given.cpumask if not given.cpumask[:1].isdigit() or "," not in given.cpumask else f"[{given.cpumask}]",
@@ -123,6 +131,7 @@ def _options(given: argparse.Namespace) -> ServeOptions:
         log_flags=flags,
         log_level="WARNING" if quiet else "DEBUG" if flags else given.log_level,
         pid_file=given.pid_file,
+        trace_mask=trace_mask,
         http=HttpOptions.of(given.rpc_http, given.rpc_http_user, given.rpc_http_password_file, given.rpc_http_cert)
         if given.rpc_http
         else None,
