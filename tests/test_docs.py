@@ -27,11 +27,14 @@ def test_the_module_that_is_walked_through_is_the_one_that_runs() -> None:
     assert all(block in source for block in blocks)
 
 
-def test_the_python_example_of_the_bdev_page_runs_as_pasted(tmp_path: Path) -> None:
-    [example] = re.findall(r"```python\n(.*?)```", BDEV, re.DOTALL)
+@pytest.mark.parametrize(("number", "out"), [(0, "True\nb'bye'\n"), (1, "m0 write 1 True\np0 write 1 True\n")])
+def test_the_python_examples_of_the_bdev_page_run_as_pasted(tmp_path: Path, number: int, out: str) -> None:
+    examples = re.findall(r"```python\n(.*?)```", BDEV, re.DOTALL)
+    assert len(examples) == 2
+    example = examples[number]
     (tmp_path / "example.py").write_text(example)
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nb'bye'\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
 
 
 def test_the_example_of_the_limits_page_runs_as_pasted(tmp_path: Path) -> None:
