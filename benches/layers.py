@@ -1,4 +1,4 @@
-"""What the block-device layer adds to an I/O: a stacked bdev, limits that do not limit, a histogram; and what is left of malloc's pace in an array of two.
+"""What the block-device layer adds to an I/O: a stacked bdev, limits that do not limit, a histogram, trace points; and what is left of malloc's pace in an array of two.
 
 Each process has pairs of runs in turn, with and without.
 """
@@ -25,6 +25,8 @@ NAMES = {
     "limit": "an I/O limit that does not limit",
     "group_and_all_limits": "all four limits and a group's, not limiting",
     "histogram": "a histogram",
+    "traces_off": "trace points off: on once, beside never on",
+    "traces_on": "trace points on",
 }
 
 

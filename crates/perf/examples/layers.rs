@@ -12,6 +12,7 @@ use qpair_bdev::limit::Rates;
 use qpair_bdev::measures;
 use qpair_bdev::null::Null;
 use qpair_bdev::passthru::Passthru;
+use qpair_bdev::trace::{self, ALL_POINTS};
 use qpair_bdev::{BdevError, Op, OpSet, Registry};
 use qpair_perf::{Spec, run};
 use qpair_reactor::driver::Choice;
@@ -62,34 +63,56 @@ fn wait(ask: impl FnOnce(qpair_bdev::lifecycle::Reply<()>)) -> Result<(), BdevEr
     receive.recv().unwrap_or_else(|_| Err(BdevError::Unsupported("the reactor ended".to_owned())))
 }
 
+/// Trace points, on a reactor of their own: the other's were never on.
+const TRACES: [(&str, &[u8]); 2] = [("traces_off", &[ALL_POINTS, 0]), ("traces_on", &[ALL_POINTS])];
+
+type Measured = Result<f64, Box<dyn Error>>;
+
+/// Without and with, in turn.
+fn pairs(count: u64, without: impl Fn() -> Measured, with: impl Fn() -> Measured) -> Result<String, Box<dyn Error>> {
+    let mut found = Vec::new();
+    for pair in 0..count {
+        // Every other pair the other way round: neither gains by coming first.
+        let (without, with) = if pair % 2 == 0 {
+            let without = without()?;
+            (without, with()?)
+        } else {
+            let with = with()?;
+            (without()?, with)
+        };
+        found.push(format!("[{without:.2},{with:.2}]"));
+    }
+    Ok(found.join(","))
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let mut number = |default: u64| arguments.next().map_or(Ok(default), |text| text.parse());
-    let (pairs, duration_ms, depth, core) = (number(5)?, number(200)?, number(128)? as u32, number(0)? as u32);
+    let (count, duration_ms, depth, core) = (number(5)?, number(200)?, number(128)? as u32, number(0)? as u32);
     let wanted: Vec<String> = arguments.collect();
+    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name);
     let thread = thread::spawn(ReactorId(core), Config::default(), Choice::Auto, true)?;
     let registry = Registry::new(vec![thread.handle().clone()]);
     plain(&registry, "alone")?;
-    let measure = |name: &str| -> Result<f64, Box<dyn Error>> {
-        let report = run(&registry, Spec { depth, duration_ms, ..Spec::new(name) })?;
+    let measure = |registry: &Arc<Registry>, name: &str| -> Measured {
+        let report = run(registry, Spec { depth, duration_ms, ..Spec::new(name) })?;
         Ok(1e9 / report.iops())
     };
     let mut lines = Vec::new();
-    for (name, build) in THINGS.iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name)) {
+    for (name, build) in THINGS.iter().filter(|(name, _)| is_wanted(name)) {
         build(&registry, name)?;
-        let mut found = Vec::new();
-        for pair in 0..pairs {
-            // Every other pair the other way round: neither gains by coming first.
-            let (without, with) = if pair % 2 == 0 {
-                let without = measure("alone")?;
-                (without, measure(name)?)
-            } else {
-                let with = measure(name)?;
-                (measure("alone")?, with)
-            };
-            found.push(format!("[{without:.2},{with:.2}]"));
+        let found = pairs(count, || measure(&registry, "alone"), || measure(&registry, name))?;
+        lines.push(format!(r#""{name}":[{found}]"#));
+    }
+    let other = thread::spawn(ReactorId(core), Config::default(), Choice::Auto, true)?;
+    let traced = Registry::new(vec![other.handle().clone()]);
+    plain(&traced, "alone")?;
+    for (name, steps) in TRACES.iter().filter(|(name, _)| is_wanted(name)) {
+        for points in *steps {
+            wait(|reply| trace::set(&traced, *points, reply))?;
         }
-        lines.push(format!(r#""{name}":[{}]"#, found.join(",")));
+        let found = pairs(count, || measure(&registry, "alone"), || measure(&traced, "alone"))?;
+        lines.push(format!(r#""{name}":[{found}]"#));
     }
     println!("{{{}}}", lines.join(","));
     Ok(())

@@ -135,9 +135,6 @@ impl Layer {
         if ended.is_empty() {
             return;
         }
-        if self.trace.is_on() {
-            self.trace_batch(channel, ended, Point::Done.bit());
-        }
         if let Some(slot) = &mut self.slots[channel.0 as usize] {
             run.end(&mut slot.stats);
             slot.inflight -= ended.len() as u32;
@@ -156,6 +153,10 @@ impl Layer {
                 self.call_settler();
             }
             _ => {}
+        }
+        // Last, when nothing else is at hand that would have to be kept for afterwards.
+        if self.trace.is_on() {
+            self.trace_batch(channel, ended, Point::Done.bit());
         }
     }
 
