@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use qpair_reactor::{Handle, Reactor};
 
+use crate::layer::health::Health;
 use crate::layer::watch::{Late, OnLate};
 use crate::measures::Board;
 use crate::ranges::Ranges;
@@ -27,6 +28,13 @@ pub enum Notice {
     Removed(String),
     /// Its size changed; the new snapshot is in force on every reactor.
     Resized(String),
+    /// It cannot do what it should: its medium, what it stands on or its module failed.
+    Failed {
+        /// The bdev's name.
+        name: String,
+        /// One sentence.
+        reason: String,
+    },
     /// A limit began to hold I/O back.
     Throttled {
         /// The bdev's name.
@@ -49,6 +57,7 @@ struct Entry {
     removing: bool,
     descriptors: BTreeMap<u64, Listener>,
     gone_stats: Stats,
+    health: Arc<Health>,
     busy: bool,
     jobs: VecDeque<Job>,
     ranges: Ranges,
@@ -129,6 +138,7 @@ impl Registry {
             removing: false,
             descriptors: BTreeMap::new(),
             gone_stats: Stats::default(),
+            health: Arc::default(),
             busy: false,
             jobs: VecDeque::new(),
             ranges: Ranges::default(),
@@ -351,6 +361,22 @@ impl Registry {
         let mut inner = self.lock();
         let Some(entry) = inner.by_id(id) else { return Stats::default() };
         entry.gone_stats.tell(reset)
+    }
+
+    /// What was told of a device's failures.
+    pub(crate) fn health(&self, id: DeviceId) -> Option<Arc<Health>> {
+        self.lock().by_id(id).map(|entry| entry.health.clone())
+    }
+
+    /// Tells that a device cannot do what it should, and why: one sentence with fields and values. Each call is told, so it is for what happens
+    /// once; for what fails with I/O there is [`Layer::report_failure`]. Nobody is called before this returns, unless there is no reactor.
+    pub fn report_failure(self: &Arc<Self>, id: DeviceId, reason: String) {
+        let Some(name) = self.lock().by_id(id).map(|entry| entry.info.name.clone()) else { return };
+        let (registry, notice) = (self.clone(), Notice::Failed { name, reason });
+        match self.reactors.first() {
+            Some(home) => home.call(move |_| registry.tell(Some(id), &notice)),
+            None => self.tell(Some(id), &notice),
+        }
     }
 
     /// Tells the process's listener, and those who have device `id` open.

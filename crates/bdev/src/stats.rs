@@ -159,6 +159,12 @@ impl Stats {
         }
     }
 
+    /// I/Os that were done.
+    pub fn done(&self) -> u64 {
+        let timed = self.read.ios + self.write.ios + self.unmap.ios + self.copy.ios;
+        timed + self.flush_ios + self.write_zeroes_ios + self.other_ios
+    }
+
     /// Adds another channel's.
     pub fn add(&mut self, other: &Self) {
         self.read.add(&other.read);
@@ -210,7 +216,7 @@ mod tests {
         assert_eq!(stats.write, Latency { ios: 1, bytes: 512, total_ns: 7, max_ns: 7, min_ns: 7 });
         assert_eq!((stats.unmap.total_ns, stats.copy.total_ns, stats.flush_ios), (2, 9, 1));
         assert_eq!(stats.errors, Failures { aborted: 1, miscompare: 1, nomem: 0, failed: 2 });
-        assert_eq!(stats.errors.total(), 4);
+        assert_eq!((stats.errors.total(), stats.done()), (4, 6));
     }
 
     #[test]

@@ -28,7 +28,7 @@ const DROPPED: &str = "the engine stopped before this was done";
 /// Something for Python.
 pub enum News {
     Reply { token: u64, outcome: Result<Value, Failure> },
-    Bdev { kind: &'static str, name: String, limit: Option<(&'static str, u64)> },
+    Bdev { kind: &'static str, name: String, limit: Option<(&'static str, u64)>, reason: Option<String> },
     Late { descriptor: u64, late: Late },
     Session { session: u64, kind: &'static str, queue: Option<u16>, reason: String },
     Log(Line),
@@ -87,10 +87,12 @@ impl Outbox {
             Notice::Removing(name) => ("removing", name),
             Notice::Removed(name) => ("removed", name),
             Notice::Resized(name) => ("resized", name),
+            Notice::Failed { name, .. } => ("failed", name),
             Notice::Throttled { name, .. } => ("throttled", name),
         };
         let limit = if let Notice::Throttled { limit, value, .. } = notice { Some((*limit, *value)) } else { None };
-        self.push(News::Bdev { kind, name: name.clone(), limit });
+        let reason = if let Notice::Failed { reason, .. } = notice { Some(reason.clone()) } else { None };
+        self.push(News::Bdev { kind, name: name.clone(), limit, reason });
     }
 
     /// No more tokens from now on.
@@ -260,6 +262,7 @@ pub struct BdevEvent {
     kind: &'static str,
     name: String,
     limit: Option<(&'static str, u64)>,
+    reason: Option<String>,
 }
 
 /// A vhost session ended itself: Python closes the socket.
@@ -298,7 +301,7 @@ impl News {
     pub fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         Ok(match self {
             Self::Reply { token, outcome } => Py::new(py, Reply::new(py, token, outcome))?.into_any(),
-            Self::Bdev { kind, name, limit } => Py::new(py, BdevEvent { kind, name, limit })?.into_any(),
+            Self::Bdev { kind, name, limit, reason } => Py::new(py, BdevEvent { kind, name, limit, reason })?.into_any(),
             Self::Late { descriptor, late } => Py::new(py, IoTimeout::of(descriptor, &late))?.into_any(),
             Self::Session { session, kind, queue, reason } => Py::new(py, SessionEvent { session, kind, queue, reason })?.into_any(),
             Self::Log(Line { level, component, message, suppressed }) => {

@@ -82,6 +82,8 @@ pub(crate) struct Slot {
     pub data_size: u64,
     /// As the superblock has it.
     pub entry: Option<Base>,
+    /// What the member did last that it may be dropped for.
+    pub blame: Option<String>,
 }
 
 impl Slot {
@@ -174,8 +176,23 @@ impl Array {
         Layout::new(self.level, self.strip_blocks(state.block_size).max(1), &sizes)
     }
 
-    /// Legs are to be dropped, those of that view: writes wait for that.
-    pub(crate) fn report(self: &Arc<Self>, slots: Mask, view: &View) {
+    /// Says that it cannot do what it should. Each call is told.
+    pub(crate) fn tell_failure(&self, reason: String) {
+        let device = lock(&self.state).device;
+        if let Some(device) = device {
+            self.registry.report_failure(device, reason);
+        }
+    }
+
+    /// What will be said of members if they are dropped.
+    pub(crate) fn blame(&self, slots: Mask, why: &str) {
+        let mut state = lock(&self.state);
+        slots.slots().for_each(|slot| state.slots[slot].blame = Some(why.to_owned()));
+    }
+
+    /// Legs are to be dropped, those of that view, and why: writes wait for that.
+    pub(crate) fn report(self: &Arc<Self>, slots: Mask, view: &View, why: &str) {
+        self.blame(slots, why);
         let mut state = lock(&self.state);
         for slot in slots.slots() {
             let member = view.members[slot].as_ref().map(Arc::downgrade).unwrap_or_default();
@@ -356,15 +373,21 @@ impl Device for RaidDevice {
         let Some(slot) = state.slots.iter().position(|slot| slot.name.as_deref() == Some(base)) else { return Fate::Stays };
         let others = !state.view.serving.minus(Mask::of(slot)).is_empty();
         drop(state);
-        if array.level != Level::RAID1 || !others || array.ending.load(Ordering::Acquire) {
+        let ending = array.ending.load(Ordering::Acquire);
+        if array.level != Level::RAID1 || !others || ending {
+            if !ending {
+                array.tell_failure(format!("base bdev {base} in slot {slot} is gone, and the array goes offline without it"));
+            }
             return Fate::Goes;
         }
+        let base = base.to_owned();
         let array = array.clone();
         worker::start(&array.home().clone(), move |worker| async move {
             let hold = Arc::new(hold);
             let refused = array.leave(&worker, Mask::of(slot), BaseState::MISSING, Some(hold.clone())).await;
             if !refused.is_empty() {
                 // The others went meanwhile.
+                array.tell_failure(format!("base bdev {base} in slot {slot} is gone after all others: the array goes offline"));
                 lifecycle::unregister(&array.registry, &array.name, 0, Box::new(move |_| drop(hold)));
             }
         });

@@ -404,6 +404,7 @@ impl Raids {
                 return Ok(());
             }
         }
+        array.tell_failure(format!("base bdev {name} in slot {slot} was removed, and the array goes offline without it"));
         self.take_offline(worker, &array).await?;
         unseat(&array, slot);
         lock(&array.state).slots[slot].clear();

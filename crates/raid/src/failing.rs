@@ -65,7 +65,7 @@ impl Array {
             }
         }
         if !(go & view.writing).is_empty() {
-            self.drop_members(worker, go & view.writing, why).await;
+            self.drop_members(worker, go & view.writing, why, hold.is_some()).await;
         }
         drop(hold);
         let unrecorded = go.minus(view.recorded);
@@ -73,26 +73,36 @@ impl Array {
             refused = refused | self.record(worker, unrecorded, why).await;
         }
         if !refused.is_empty() {
+            refused.slots().for_each(|slot| lock(&self.state).slots[slot].blame = None);
             self.publish(worker, |view| view.refused = (view.refused.0 + 1, refused)).await;
         }
         refused
     }
 
-    async fn drop_members(self: &Arc<Self>, worker: &Worker, go: Mask, why: BaseState) {
+    /// `gone`: their bdevs are being removed.
+    async fn drop_members(self: &Arc<Self>, worker: &Worker, go: Mask, why: BaseState, gone: bool) {
         let drop_them = |view: &mut crate::view::View| {
             (view.serving, view.writing) = (view.serving.minus(go), view.writing.minus(go));
             go.slots().for_each(|slot| view.members[slot] = None);
         };
         self.publish(worker, drop_them).await;
+        let left = self.view().serving.count();
+        let mut told = Vec::new();
         {
             let mut state = lock(&self.state);
             for slot in go.slots() {
                 let name = state.slots[slot].name.as_deref().unwrap_or("").to_owned();
                 let how = if why == BaseState::FAILED { "failed" } else { "was removed" };
                 log::say(Severity::Warning, "raid", format_args!("{}: base bdev {name} in slot {slot} {how}", self.name));
+                let blame = state.slots[slot].blame.take().unwrap_or_else(|| "it failed".to_owned());
+                if gone || why == BaseState::FAILED {
+                    let how = if gone { "is gone".to_owned() } else { format!("was dropped: {blame}") };
+                    told.push(format!("base bdev {name} in slot {slot} {how}; {left} of {} members serve", self.slots));
+                }
                 state.slots[slot].clear();
             }
         }
+        told.into_iter().for_each(|reason| self.tell_failure(reason));
         self.tell_bases();
     }
 
@@ -127,7 +137,7 @@ impl Array {
                 }
                 worker.sleep(PAUSE_NS).await;
             } else {
-                self.drop_members(worker, failed, BaseState::FAILED).await;
+                self.drop_members(worker, failed, BaseState::FAILED, false).await;
                 out = out | failed;
             }
         }

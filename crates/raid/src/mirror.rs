@@ -218,9 +218,13 @@ impl Mirror {
         // Of no use: the device goes, and what it asks to end shall end.
         let ends = layer.is_closed(self.id) || !blames(status);
         layer.retrieve(id);
+        let lba = layer.io(id).lba;
         if ends || !self.aim(layer, id, tried) {
             let retry = self.retries.swap_remove(at);
             let told = if ends || status == Status::ABORT_REQUESTED { status } else { retry.status };
+            if !ends && told != Status::ABORT_REQUESTED {
+                layer.report_failure(self.id, "read", |_| format!("no member could do a read of {blocks} blocks at block {lba}: {told}"));
+            }
             layer.complete(id, told);
         }
     }
@@ -303,6 +307,10 @@ impl Mirror {
         if blamed && !nobody {
             self.missed = self.missed | (failed & writing);
         }
+        if nobody && blamed && !write.aborted && !layer.is_closed(self.id) {
+            let (status, blocks, lba) = (write.status, layer.io(parent).blocks, layer.io(parent).lba);
+            layer.report_failure(self.id, "write", |_| format!("no member could do a write of {blocks} blocks at block {lba}: {status}"));
+        }
         if nobody || refused || !blamed && write.status.is_error() {
             // Who asked for an end is told that, and not what ails a leg besides.
             let status = match write.status {
@@ -328,7 +336,9 @@ impl Mirror {
             write.held = true;
         }
         if !dropped.is_empty() {
-            self.array.report(dropped, &self.view);
+            let status = self.writes[index as usize].status;
+            let why = if status.is_error() { format!("a write failed there: {status}") } else { "it missed a write".to_owned() };
+            self.array.report(dropped, &self.view, &why);
         }
     }
 

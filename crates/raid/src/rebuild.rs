@@ -49,6 +49,11 @@ impl Array {
                 log::say(Severity::Warning, "raid", format_args!("{}: the rebuild onto {} was given up", self.name, target.name()));
                 let why = if matches!(stop, Stop::Target) { BaseState::FAILED } else { BaseState::MISSING };
                 if self.is_target(slot, &target) {
+                    self.blame(Mask::of(slot), "the rebuild onto it failed, for it could not be written");
+                    if why == BaseState::MISSING && !lock(&self.state).deleting {
+                        let name = target.name();
+                        self.tell_failure(format!("the rebuild onto base bdev {name} in slot {slot} was given up, for no member could be read"));
+                    }
                     self.leave(worker, Mask::of(slot), why, None).await;
                 }
             }
@@ -117,6 +122,7 @@ impl Array {
         // From here on no write is acknowledged without it; none that was has missed it.
         let missed = self.publish(worker, |view| view.recorded = view.recorded.minus(this)).await;
         if missed.has(slot) || (self.superblock && !self.admit_on_media(worker, slot).await) {
+            self.blame(this, "the rebuild onto it failed, for it missed a write or the superblocks could not say that it is current");
             self.leave_now(worker, this, BaseState::FAILED, None).await;
             return Err(Stop::Target);
         }
@@ -197,7 +203,7 @@ impl Array {
                 Copied::Whole => {}
                 // Nothing to make them equal to.
                 Copied::Unread => return,
-                Copied::Unwritten(slots) => self.report(slots, &view),
+                Copied::Unwritten(slots) => self.report(slots, &view, "what it could not read could not be written anew"),
             }
             lba += blocks;
         }

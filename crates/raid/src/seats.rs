@@ -235,6 +235,7 @@ impl Raids {
         let missed = array.publish(worker, admit).await;
         if missed.has(slot) || self.registry.list(Some(member.name())).map_or(true, |found| found.iter().any(|found| found.removing)) {
             lock(&array.state).process = None;
+            array.blame(this, "the rebuild onto it failed, for it could not be opened");
             array.leave_now(worker, this, BaseState::FAILED, None).await;
             return Err(BdevError::Removing(member.name().to_owned()));
         }

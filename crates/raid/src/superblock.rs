@@ -134,6 +134,7 @@ impl Array {
             };
             if let Err(error) = outcome {
                 log::say(Severity::Error, "raid", format_args!("{}: slot {slot}: {error}", self.name));
+                self.blame(Mask::of(slot), &error.to_string());
                 failed = failed | Mask::of(slot);
             }
         }

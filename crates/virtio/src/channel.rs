@@ -276,9 +276,18 @@ impl VirtioChannel {
                 status = Status::DATA_TRANSFER_ERROR;
             }
         }
+        if status == Status::INTERNAL_DEVICE_ERROR {
+            self.report(layer, id);
+        }
         self.release(index);
         layer.complete(id, status);
         Ok(())
+    }
+
+    #[cold]
+    fn report(&self, layer: &mut Layer, id: IoId) {
+        let (op, lba, blocks) = (layer.io(id).op, layer.io(id).lba, layer.io(id).blocks);
+        layer.report_failure(self.id, "io", |_| format!("the target failed an I/O ({op:?} of {blocks} blocks at block {lba})"));
     }
 
     /// A length of zero says that not even the status was written, and a short one that data is missing.
@@ -375,7 +384,9 @@ impl Channel for VirtioChannel {
                 self.ring_out();
             }
             Err(reason) => {
-                self.shared.fail(self.queue, &reason);
+                let queue = self.queue;
+                layer.report_failure(self.id, "target", |_| format!("queue {queue}: {reason}; the device fails all I/O from now on"));
+                self.shared.fail(queue, &reason);
                 self.give_up(layer, Status::INTERNAL_DEVICE_ERROR);
             }
         }

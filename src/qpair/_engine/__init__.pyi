@@ -52,10 +52,12 @@ class Reply:
 class BdevEvent:
     """A bdev appeared, went, changed its size or failed."""
 
-    kind: Literal["added", "removing", "removed", "resized", "media", "throttled"]
+    kind: Literal["added", "removing", "removed", "resized", "failed", "throttled"]
     name: str
     limit: tuple[str, int] | None
     """Of "throttled": SPDK's name of the limit that began to hold I/O back, and I/Os or bytes a second."""
+    reason: str | None
+    """Of "failed": one sentence."""
 
 @final
 class SessionEvent:

@@ -70,17 +70,18 @@ class Resized(Event, frozen=True, kw_only=True):
 
 
 class Failed(Event, frozen=True, kw_only=True):
-    """It cannot do what it should: its medium, its base or its worker failed. ``reason`` is one sentence."""
+    """It cannot do what it should: its medium, its base or its worker failed. ``reason`` is one sentence. Told when that begins, not for each I/O that fails of it."""
 
     reason: str = ""
     notification: ClassVar[str] = "qpair_bdev_failed"
 
 
 class Throttled(Event, frozen=True, kw_only=True):
-    """A limit began to hold I/O back. ``limit``: SPDK's name of it ("rw_ios_per_sec"); ``value``: its figure."""
+    """A limit began to hold I/O back. ``limit``: SPDK's name of it ("rw_ios_per_sec", "w_mbytes_per_sec"); ``value``: its figure in the unit of that name, I/Os or MiB,
+    and exact: 0.5 for 524288 bytes, an `int` where it is whole."""
 
     limit: str = ""
-    value: int = 0
+    value: float = 0
     notification: ClassVar[str] = "qpair_bdev_throttled"
 
 
@@ -186,9 +187,9 @@ class EventBus:
             self.publish(Resized(bdev=event.name, size_bytes=size_bytes(event.name)))
         elif event.kind == "throttled" and event.limit is not None:
             limit, value = event.limit
-            self.publish(Throttled(bdev=event.name, limit=limit, value=value // MIB if "mbytes" in limit else value))
-        elif event.kind == "media":
-            self.publish(Failed(bdev=event.name, reason="the engine reports that its medium failed"))
+            self.publish(Throttled(bdev=event.name, limit=limit, value=_mebibytes(value) if "mbytes" in limit else value))
+        elif event.kind == "failed":
+            self.publish(Failed(bdev=event.name, reason=event.reason or ""))
 
     def subscribe(self) -> EventReader:
         """A reader of what comes from now on."""
@@ -205,6 +206,12 @@ class EventBus:
         if start >= len(self._ring):  # an id may be past what an index can be
             return []
         return list(islice(self._ring, start, None if count is None else start + min(count, len(self._ring))))
+
+
+def _mebibytes(size: int) -> float:
+    """Exact: a power of two only moves the point."""
+    whole, rest = divmod(size, MIB)
+    return size / MIB if rest else whole
 
 
 def _running() -> asyncio.AbstractEventLoop | None:

@@ -1,13 +1,14 @@
 """JSON-RPC methods about what happened: SPDK's notifications, from the ring of `qpair.bdev.events`.
 
-Ours beside SPDK's: the types ``qpair_bdev_failed`` and ``qpair_bdev_throttled``. ``ctx`` is the bdev's name; names longer than SPDK's 127 bytes are not cut.
+Ours beside SPDK's: the types ``qpair_bdev_failed`` and ``qpair_bdev_throttled``, which have a member ``qpair`` with what else is known: ``reason``, or ``limit`` and ``value``.
+``ctx`` is the bdev's name; names longer than SPDK's 127 bytes are not cut.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qpair.bdev.events import TYPES
+from qpair.bdev.events import TYPES, Event, Failed, Throttled
 from qpair.rpc.registry import Params, method
 from qpair.rpc.types import U64
 
@@ -32,4 +33,13 @@ class GetNotifications(Params):
 async def notify_get_notifications(stack: Stack, params: GetNotifications) -> list[dict[str, Any]]:
     """What happened since that id."""
     events = stack.bdevs.events.since(params.id or 0, params.max)
-    return [{"type": event.notification, "ctx": event.bdev, "id": event.id} for event in events]
+    return [_shown(event) for event in events]
+
+
+def _shown(event: Event) -> dict[str, Any]:
+    shown: dict[str, Any] = {"type": event.notification, "ctx": event.bdev, "id": event.id}
+    if isinstance(event, Failed):
+        shown["qpair"] = {"reason": event.reason}
+    elif isinstance(event, Throttled):
+        shown["qpair"] = {"limit": event.limit, "value": event.value}
+    return shown

@@ -2,7 +2,8 @@
 
 How it works: `Worker` starts `qpair.bdev.worker_main`, tells it what to make, learns the geometry, has the engine make the bdev (once) and hands the shared ring's
 descriptors over. Then it waits until the process ends or the engine says that it severed it (it was silent past ``timeout_ms``, it wrote rubbish). A worker is killed
-with its process group, and the next one is attached only when it is gone: what it had failed with EIO; what waited goes on, or fails, as ``while_down`` says.
+with its process group, and the next one is attached only when it is gone: what it had failed with EIO; what waited goes on, or fails, as ``while_down`` says. A worker that
+ends, and one that is not started again, are events (`qpair.bdev.events.Failed`).
 
 Errors: a class that cannot be made refuses the bdev with its own words (`InvalidArgument`); later that is one more failure. A worker whose successor has
 another geometry fails for good.
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
+from qpair.bdev.events import Failed
 from qpair.bdev.worker_main import MESSAGE_BYTES, Geometry, Hello, Refusal, Serve
 from qpair.errors import InvalidArgument, TimedOut, from_engine
 
@@ -250,8 +252,10 @@ class Worker:
                 self.last_failure = reason
                 logger.error("bdev %s: %s", self.name, reason)
                 if self.policy.restart == "never" or failures > self.policy.restart_max:
-                    self._give_up()
+                    self._give_up(reason)
                     return
+                if self.state == "running":
+                    self._publish(f"{reason}; the next one is started")
                 self.state = "restarting"
                 await asyncio.sleep(self.policy.backoff_s(failures))
                 try:
@@ -259,7 +263,7 @@ class Worker:
                 except _Changed as error:
                     self.last_failure = str(error)
                     logger.error("%s", error)
-                    self._give_up()
+                    self._give_up(self.last_failure)
                     return
                 except Exception as error:
                     reason = f"the worker could not be started again: {error}"
@@ -281,8 +285,12 @@ class Worker:
             self._link.sever(self._number, process.fate)
         return reason or process.fate
 
-    def _give_up(self) -> None:
+    def _publish(self, reason: str) -> None:
+        self._stack.bdevs.events.publish(Failed(bdev=self.name, reason=reason))
+
+    def _give_up(self, reason: str) -> None:
         self.state = "failed"
+        self._publish(f"{reason}; it is not started again (restart {self.policy.restart!r}, restart_max {self.policy.restart_max})")
         if self._link is not None:
             self._link.while_down("fail")
 

@@ -1,7 +1,7 @@
 """The virtio controllers of one stack: attaching to targets, detaching, and what happens when a target leaves.
 
 How it works: `VirtioSubsystem.attach` does the handshake of `qpair.virtio.client`, over memory that the engine has laid out, and makes the bdev. The connection stays
-open as long as the bdev lives. When the target closes it, the bdev is unregistered: what is in flight fails after `LOST_DEADLINE_MS`, nothing hangs. When
+open as long as the bdev lives. When the target closes it, that is an event (`qpair.bdev.events.Failed`) and the bdev is unregistered: what is in flight fails after `LOST_DEADLINE_MS`, nothing hangs. When
 the bdev goes for another reason, the connection is closed.
 
 Errors: `AlreadyExists`, `NoSuchController`, `InvalidArgument` (number and size of queues), `Unsupported` (transports other than ``user``), and
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qpair.app.subsystems import Subsystem
+from qpair.bdev.events import Failed
 from qpair.errors import AlreadyExists, InvalidArgument, NoSuchController, NoSuchDevice, QpairError, from_engine
 from qpair.vhost.transport import close_all
 from qpair.virtio.model import VirtioController, VirtioModule
@@ -204,6 +205,8 @@ class VirtioSubsystem(Subsystem):
 
     def _on_lost(self, name: str, reason: QpairError) -> None:
         logger.error("virtio %s: %s; its bdev is removed", name, reason)
+        if name in self._attached:
+            self.stack.bdevs.events.publish(Failed(bdev=name, reason=f"{reason}; the bdev is removed"))
         self._spawn(self._remove_lost(name))
 
     async def _remove_lost(self, name: str) -> None:

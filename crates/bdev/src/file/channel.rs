@@ -8,7 +8,7 @@ use qpair_reactor::driver::{FileOp, Request};
 use qpair_reactor::{LocalWaker, PollerId, Reactor};
 
 use super::{SEGMENTS_MAX, Shared};
-use crate::{BdevError, Channel, ChannelId, Io, IoFlags, IoId, Layer, Op, Status, layer};
+use crate::{BdevError, Channel, ChannelId, Info, Io, IoFlags, IoId, Layer, Op, Status, layer};
 
 /// Bytes of one bounce buffer; larger I/Os go through it in turns.
 const BOUNCE_BYTES: u64 = 128 << 10;
@@ -45,6 +45,7 @@ struct Bounces {
 }
 
 pub(super) struct FileChannel {
+    id: ChannelId,
     shared: Arc<Shared>,
     shift: u32,
     poller: PollerId,
@@ -74,6 +75,7 @@ impl FileChannel {
             }
         };
         Ok(Self {
+            id,
             shared,
             shift: block_size.trailing_zeros(),
             poller,
@@ -205,6 +207,31 @@ impl FileChannel {
         Some(Status::SUCCESS)
     }
 
+    /// Says what an I/O failed of, if that is the medium's fault.
+    #[cold]
+    fn report(&self, layer: &mut Layer, id: IoId, result: i32, status: Status) {
+        let (job, io) = (&self.jobs[id.slot()], layer.io(id));
+        let (op, blocks, at) = (io.op, io.blocks, (io.lba << self.shift) + job.moved);
+        if job.syncing || op == Op::Flush {
+            if let Some(errno) = self.shared.first_sync_error() {
+                layer.report_failure(self.id, "flush", |info| {
+                    let why = std::io::Error::from_raw_os_error(errno);
+                    format!("flushing {} failed: {why}; every later flush fails, too", path_of(info))
+                });
+            }
+        } else if result < 0 && is_mediums(-result) {
+            let cause = if matches!(-result, libc::ENODEV | libc::ENXIO) { "gone" } else { "medium" };
+            layer.report_failure(self.id, cause, |info| {
+                let why = std::io::Error::from_raw_os_error(-result);
+                format!("{} of {blocks} blocks failed at byte {at} of {}: {why}", verb(op), path_of(info))
+            });
+        } else if result >= 0 && status != Status::DATA_TRANSFER_ERROR {
+            layer.report_failure(self.id, "end", |info| {
+                format!("{} ends before byte {at}: it is shorter than the bdev's {} bytes", path_of(info), info.bytes())
+            });
+        }
+    }
+
     fn finish(&mut self, layer: &mut Layer, reactor: &mut Reactor, id: IoId, status: Status) {
         let buffer = self.jobs[id.slot()].bounce.take();
         layer.complete(id, status);
@@ -258,7 +285,12 @@ impl Channel for FileChannel {
     fn done(&mut self, layer: &mut Layer, reactor: &mut Reactor, value: u64, result: i32) {
         let id = IoId::unpack(value);
         match self.judge(layer.io(id), id, result) {
-            Some(status) => self.finish(layer, reactor, id, status),
+            Some(status) => {
+                if status.is_error() {
+                    self.report(layer, id, result, status);
+                }
+                self.finish(layer, reactor, id, status);
+            }
             None => self.advance(layer, reactor, id),
         }
         if !self.backlog.is_empty() {
@@ -276,6 +308,25 @@ fn operation(io: &Io, punches: bool) -> FileOp {
         Op::WriteZeroes if punches && !io.flags.contains(IoFlags::NO_UNMAP) => FileOp::Punch,
         Op::WriteZeroes => FileOp::Zero,
         _ => FileOp::Sync,
+    }
+}
+
+/// Whether it is the medium that failed, and neither who asked, nor a want of resources for now.
+fn is_mediums(errno: i32) -> bool {
+    let others = [libc::EINVAL, libc::EOPNOTSUPP, libc::ENOSYS, libc::EFAULT, libc::ENOMEM, libc::EAGAIN, libc::EINTR, libc::ECANCELED];
+    !others.contains(&errno)
+}
+
+fn path_of(info: &Info) -> &str {
+    info.path.as_deref().unwrap_or(&info.name)
+}
+
+fn verb(op: Op) -> &'static str {
+    match op {
+        Op::Read => "a read",
+        Op::Write => "a write",
+        Op::Unmap => "an unmap",
+        _ => "a write of zeroes",
     }
 }
 

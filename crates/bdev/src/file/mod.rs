@@ -10,7 +10,8 @@
 //! The RPC names "uring" and "aio" are one implementation; [`Info::module`] tells which was asked for.
 //!
 //! Errors. An errno is mapped by [`Status::from_errno`](crate::Status::from_errno), but EIO is a read or write fault
-//! of the medium. A file that was truncated under us reads as an unrecovered read error beyond its end.
+//! of the medium. A file that was truncated under us reads as an unrecovered read error beyond its end. All of these are reported ([`Layer::report_failure`]), with
+//! path, byte and errno; what is refused for its asker's sake (EINVAL, EFAULT ...) or for want of resources is not.
 //!
 //! Not implemented: locking against a second user of the file; metadata; zones. Abort is not passed on: the kernel ends
 //! what it has.
@@ -24,7 +25,7 @@ mod probe;
 use std::io::{Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use qpair_reactor::Reactor;
 use qpair_reactor::driver::FileRef;
@@ -48,9 +49,21 @@ struct Shared {
     punches: bool,
     /// The first errno that fdatasync ever gave; 0: none.
     sync_error: AtomicI32,
+    /// That was told.
+    sync_told: AtomicBool,
 }
 
 impl Shared {
+    fn new(file: FileRef, direct: Option<Direct>, punches: bool) -> Self {
+        Self { file, direct, punches, sync_error: AtomicI32::new(0), sync_told: AtomicBool::new(false) }
+    }
+
+    /// The errno that every flush fails with; once.
+    fn first_sync_error(&self) -> Option<i32> {
+        let errno = self.sync_error.load(Ordering::Acquire);
+        (errno != 0 && !self.sync_told.swap(true, Ordering::Relaxed)).then_some(errno)
+    }
+
     /// Keeps the first failure, and tells whether there was one.
     fn sync_outcome(&self, result: i32) -> i32 {
         if result < 0 && !matches!(-result, libc::ECANCELED | libc::EAGAIN | libc::EINTR) {
@@ -99,7 +112,7 @@ impl FileBdev {
         info.check()?;
         let file = FileRef::Real(Arc::new(found.file));
         let punches = abilities.punch;
-        Ok(Self { info, shared: Arc::new(Shared { file, direct: found.direct, punches, sync_error: AtomicI32::new(0) }) })
+        Ok(Self { info, shared: Arc::new(Shared::new(file, found.direct, punches)) })
     }
 
     /// Over file number `file` of the simulator.
@@ -107,8 +120,7 @@ impl FileBdev {
         let mut info = Info::new(name, "uring", block_size, num_blocks);
         set_limits(&mut info, probe::Allocation { punch: fallocate, zero: fallocate });
         info.check()?;
-        let shared = Shared { file: FileRef::Simulated(file), direct: None, punches: fallocate, sync_error: AtomicI32::new(0) };
-        Ok(Self { info, shared: Arc::new(shared) })
+        Ok(Self { info, shared: Arc::new(Shared::new(FileRef::Simulated(file), None, fallocate)) })
     }
 
     /// As [`simulated`](Self::simulated), with the alignment that O_DIRECT would ask of memory.

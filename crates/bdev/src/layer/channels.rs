@@ -64,6 +64,7 @@ impl Layer {
             limits: None,
             stats: Stats::default(),
             observer: None,
+            failing: None,
             when_quiet: Vec::new(),
             poller,
             plugged: false,
@@ -71,6 +72,7 @@ impl Layer {
         });
         let opened = catch_unwind(AssertUnwindSafe(|| device.open(reactor, self, id))).unwrap_or_else(|_| {
             log::say(Level::Error, "bdev", format_args!("{}: its module panicked while a channel was opened", info.name));
+            self.report_failure(id, "panic", |_| "its module panicked while a channel was opened".to_owned());
             let source = std::io::Error::other("the module panicked");
             Err(BdevError::Os { what: format!("opening a channel of bdev {}", info.name), source })
         });

@@ -18,6 +18,7 @@ mod channels;
 mod check;
 mod dues;
 mod emulate;
+pub mod health;
 mod limits;
 mod ranges;
 mod settle;
@@ -120,6 +121,7 @@ pub(crate) struct Slot {
     limits: Option<Box<limits::Throttle>>,
     stats: Stats,
     observer: Option<Box<Observer>>,
+    failing: Option<Box<health::Failing>>,
     when_quiet: Vec<Then>,
     poller: PollerId,
     plugged: bool,

@@ -212,6 +212,7 @@ impl Layer {
         );
         slot.state = ChannelState::Closed;
         slot.gone = true;
+        self.report_failure(channel, "panic", |_| "its module panicked: a reactor's channel to it fails all I/O from now on".to_owned());
         self.fail_inflight(channel);
         self.call_attention(channel);
     }
