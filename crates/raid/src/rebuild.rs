@@ -52,7 +52,9 @@ impl Array {
                     self.blame(Mask::of(slot), "the rebuild onto it failed, for it could not be written");
                     if why == BaseState::MISSING && !lock(&self.state).deleting {
                         let name = target.name();
-                        self.tell_failure(format!("the rebuild onto base bdev {name} in slot {slot} was given up, for no member could be read"));
+                        self.tell_failure(format!(
+                            "the rebuild onto base bdev {name} in slot {slot} was given up, for no member could be read"
+                        ));
                     }
                     self.leave(worker, Mask::of(slot), why, None).await;
                 }

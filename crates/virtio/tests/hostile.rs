@@ -2,10 +2,10 @@
 
 mod support;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
-use qpair_bdev::{BdevError, IoFlags, Op, Status, lifecycle};
+use qpair_bdev::{BdevError, IoFlags, Notice, Op, Status, lifecycle};
 use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
 use qpair_wire::virtio::Features;
 use support::{Driver, config, features};
@@ -14,6 +14,7 @@ use zerocopy::IntoBytes;
 /// After `lie` everything in flight ends once with an error, and so does all that comes later.
 fn fails(size: u32, lie: impl Fn(&mut Driver)) {
     let mut driver = Driver::new(size, features());
+    let told = failures(&driver);
     let ids = driver.submit(&[(Op::Read, 0, 8, IoFlags::empty()), (Op::Read, 8, 8, IoFlags::empty())]);
     driver.target.requests();
     lie(&mut driver);
@@ -26,6 +27,35 @@ fn fails(size: u32, lie: impl Fn(&mut Driver)) {
     let later = driver.read(16);
     assert_eq!(driver.reap(), [(later, Status::INTERNAL_DEVICE_ERROR)]);
     assert!(driver.target.requests().is_empty(), "nothing more goes to it");
+    let told = told.lock().unwrap();
+    let [reason] = &told[..] else { panic!("told {told:?}") };
+    assert!(reason.starts_with("queue 0: ") && reason.ends_with("; the device fails all I/O from now on"), "{reason}");
+}
+
+/// The reasons of failures that are told.
+fn failures(driver: &Driver) -> Arc<Mutex<Vec<String>>> {
+    let told: Arc<Mutex<Vec<String>>> = Arc::default();
+    let heard = told.clone();
+    driver.registry.listen(move |notice| {
+        if let Notice::Failed { name, reason } = notice {
+            assert_eq!(name, "v0");
+            heard.lock().unwrap().push(reason.clone());
+        }
+    });
+    told
+}
+
+#[test]
+fn a_target_that_fails_io_is_told_once() {
+    let mut driver = Driver::new(16, features());
+    let told = failures(&driver);
+    for _ in 0..5 {
+        let id = driver.read(8);
+        let request = driver.target.requests().remove(0);
+        driver.target.answer(&request, 1);
+        assert_eq!(driver.reap(), [(id, Status::INTERNAL_DEVICE_ERROR)]);
+    }
+    assert_eq!(*told.lock().unwrap(), ["the target failed an I/O (Read of 8 blocks at block 8)"]);
 }
 
 #[test]

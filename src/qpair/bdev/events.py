@@ -6,14 +6,15 @@ and the next thing it reads is a `Lost` that says how many.
 
 The ring has the semantics of SPDK's notifications: ids count from 0 and never come twice, and an id that has left the ring reads as the oldest one there.
 
-Errors: none to publishers. Iteration ends when the stack stops.
+Errors: none to publishers, but for what is no event of `TYPES` (`TypeError`). Iteration ends when the stack stops.
 
-Limits: `KEPT` events in the ring, and for each reader. A reader that nobody holds any more is forgotten.
+Limits: `KEPT` events in the ring, and for each reader; `REASON_MAX` characters of a reason, what is more is cut. A reader that nobody holds any more is forgotten.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import weakref
 from collections import deque
@@ -32,6 +33,8 @@ __all__ = ["KEPT", "Appeared", "Event", "EventBus", "EventReader", "Failed", "Lo
 
 KEPT = 1024
 """As many as SPDK keeps."""
+REASON_MAX = 1024
+"""Characters: a reason is one sentence, and what a class of a user's raises may be any text."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=str.lower):
@@ -164,8 +167,11 @@ class EventBus:
 
     def publish(self, event: Event) -> None:
         """Tell ``event``. From any thread; it never waits. After `close` nobody hears it."""
+        if not isinstance(event, TYPES):
+            raise TypeError(f"event is {event!r:.256}, must be one of {', '.join(kind.__name__ for kind in TYPES)}")
+        event = _presentable(event)
         if self._loop is not None and _running() is not self._loop:
-            if not self._loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # closed: nobody listens any more
                 self._loop.call_soon_threadsafe(self._put, event)
             return
         self._put(event)
@@ -206,6 +212,17 @@ class EventBus:
         if start >= len(self._ring):  # an id may be past what an index can be
             return []
         return list(islice(self._ring, start, None if count is None else start + min(count, len(self._ring))))
+
+
+def _presentable(event: Event) -> Event:
+    """Texts that any reader can be given, also as JSON: a name or a path may hold bytes that are no text."""
+    shown = msgspec.structs.replace(event, bdev=_text(event.bdev))
+    return msgspec.structs.replace(shown, reason=_text(shown.reason)) if isinstance(shown, Failed) else shown
+
+
+def _text(given: str) -> str:
+    text = given if given.isascii() else given.encode(errors="replace").decode()
+    return text if len(text) <= REASON_MAX else f"{text[: REASON_MAX - 3]}..."
 
 
 def _mebibytes(size: int) -> float:
