@@ -65,7 +65,8 @@ async def test_io_keeps_its_rate_and_the_first_to_wait_is_news(stack: Any) -> No
         bdev="m0", limit="rw_ios_per_sec", value=20_000, id=1, time=pytest.approx(time.time(), abs=60)
     )
     notifications = await stack.rpc("notify_get_notifications", id=1)
-    assert notifications == [{"type": "qpair_bdev_throttled", "ctx": "m0", "id": 1}]
+    details = {"limit": "rw_ios_per_sec", "value": 20_000}
+    assert notifications == [{"type": "qpair_bdev_throttled", "ctx": "m0", "id": 1, "qpair": details}]
 
 
 async def test_a_limit_changes_and_goes_under_load(stack: Any) -> None:
