@@ -251,7 +251,8 @@ impl Io {
     #[inline]
     pub fn push(&mut self, queue: QueueId, tag: u64) {
         let frame = &mut self.frames[usize::from(self.depth)];
-        (frame.queue, frame.tag, frame.lba) = (queue, tag, self.lba);
+        // Not submitted to any channel yet: one that is poisoned now, and had a use of this frame before, must not end it.
+        *frame = Frame { queue, channel: ChannelId::NOWHERE, tag, lba: self.lba, submitted_ns: frame.submitted_ns };
         self.depth += 1;
     }
 

@@ -266,6 +266,8 @@ fn run(seed: u64, total: &Cell<Total>) {
     sides.iter().for_each(|side| side.crew.check_end());
 }
 
+/// Found by 14: two legs of different generations, examined at once, had the older array come online, which nobody knew any more. By 36: a leg that was half
+/// written over when the power went came back as the array that it had been started as.
 #[test]
 fn who_was_given_up_is_never_written_over_unasked() {
     let total = Cell::new(Total::default());

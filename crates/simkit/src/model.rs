@@ -57,7 +57,7 @@ impl Fills {
 pub struct Spoils {
     /// A byte is exclusive-ored with this.
     pub value: u8,
-    /// So many bytes of a block at most.
+    /// So many bytes of a sector at most: sectors of a block may be of several writes.
     pub most: usize,
 }
 
@@ -170,11 +170,11 @@ impl Model {
         self.flushes.clear();
     }
 
-    /// Undoes what spoils may have done to a block: at most so many of its bytes differ by their value from all the others of their sector. More, or by another
+    /// Undoes what spoils may have done to a block: in each sector at most so many bytes differ by their value from all the others. More, or by another
     /// value, is not theirs.
     pub fn undo_spoils(&mut self, bytes: &mut [u8], spoils: Spoils) {
-        let mut left = spoils.most;
         for sector in bytes.chunks_mut(crate::disk::SECTOR as usize) {
+            let mut left = spoils.most;
             let mut counts = [0u32; 256];
             sector.iter().for_each(|byte| counts[usize::from(*byte)] += 1);
             let usual = (0..=255u8).max_by_key(|byte| counts[usize::from(*byte)]).unwrap_or(0);

@@ -18,6 +18,11 @@ use crate::{BdevError, Channel, ChannelId, Device, DeviceId, Info, Registry, Sta
 /// Children reserved for splitting, for each channel whose device has limits.
 const CHILDREN: usize = 32;
 
+impl ChannelId {
+    /// No channel.
+    pub(crate) const NOWHERE: Self = Self(u32::MAX);
+}
+
 impl Layer {
     /// This reactor's channel to a device, opened on first use and counted.
     pub(crate) fn open_channel(
