@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qpair.bdev.events import EventReader, Failed
-from qpair.errors import QpairError
+from qpair.errors import NoSuchBdev, QpairError
 
 DISK = """
 import os, time
@@ -282,3 +282,46 @@ async def test_a_bdev_that_is_deleted_has_not_failed(stack: Any, moody: str) -> 
         assert await disk.read(0, 512) == bytes(512)
     await stack.rpc("qpair_python_delete", name="w0")
     assert await told(reader, 0) == []
+
+
+# -- time-outs ------------------------------------------------------------------------------------
+
+
+async def test_io_that_takes_too_long_is_told_for_the_bdev_that_is_watched(stack: Any) -> None:
+    await stack.malloc("m1", "1MiB")
+    await stack.rpc("bdev_error_create", base_name="m1")
+    reader = stack.events()
+    assert await stack.rpc("qpair_bdev_set_timeout", name="EE_m1", timeout_in_sec=1)
+    await stack.rpc("bdev_error_inject_error", name="EE_m1", io_type="write", error_type="pending", num=1)
+    async with await stack.open("EE_m1") as disk:
+        kept = asyncio.ensure_future(disk.write(4096, bytes(1024)))
+        [(name, reason)] = await told(reader, 1)
+        assert not kept.done(), "it is left alone"
+        await stack.rpc("bdev_error_resume_pending", name="EE_m1")
+        await asyncio.wait_for(kept, 5)
+    assert name == "EE_m1"
+    assert reason.startswith("an I/O (Write of 2 blocks at block 8) has been under way for 1."), reason
+    assert reason.endswith(" s, the time-out is 1 s"), reason
+
+
+async def test_time_outs_are_refused_by_name_and_saved(stack: Any) -> None:
+    await stack.malloc("m0", "1MiB")
+    for seconds in (-1, 7 * 86_400 + 1, 2**64 - 1, 2**64):
+        with pytest.raises(QpairError, match="timeout_in_sec"):
+            await stack.rpc("qpair_bdev_set_timeout", name="m0", timeout_in_sec=seconds)
+    with pytest.raises(NoSuchBdev):
+        await stack.rpc("qpair_bdev_set_timeout", name="m1", timeout_in_sec=1)
+
+    async def saved() -> list[dict[str, Any]]:
+        entries = await stack.rpc("framework_get_config", name="bdev")
+        return [entry["params"] for entry in entries if entry["method"] == "qpair_bdev_set_timeout"]
+
+    for seconds in (7 * 86_400, 30):
+        await stack.rpc("qpair_bdev_set_timeout", name="m0", timeout_in_sec=seconds)
+        assert await saved() == [{"name": "m0", "timeout_in_sec": seconds}]
+    await stack.rpc("qpair_bdev_set_timeout", name="m0", timeout_in_sec=0)
+    assert await saved() == []
+    await stack.rpc("qpair_bdev_set_timeout", name="m0", timeout_in_sec=5)
+    await stack.delete("m0")
+    await stack.malloc("m0", "1MiB")
+    assert await saved() == [], "another bdev of that name"

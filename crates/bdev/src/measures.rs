@@ -1,4 +1,4 @@
-//! What can be set and asked of any bdev while it works: limits and groups that share one, histograms, counters, queue depth.
+//! What can be set and asked of any bdev while it works: limits and groups that share one, histograms, counters, queue depth, a time-out.
 //!
 //! How it works. What a device is to do stands on a board, an immutable snapshot each; whoever changes it sends a message to every reactor, which takes the snapshot
 //! that the board has *then*. So the order of messages does not matter, and a channel that is opened meanwhile needs none. A change of limits is a new
@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use qpair_reactor::{Reactor, ReactorId};
 
 use crate::histogram::{Histogram, Shape};
+use crate::layer::overdue::Overdue;
 use crate::layer::watch::{Sampled, Sampler};
 use crate::lifecycle::{Answer, Reply, Stance, on_channels};
 use crate::limit::{Limiter, Rates};
@@ -32,6 +33,7 @@ pub(crate) struct Measures {
     group: Option<(String, Arc<Limiter>)>,
     histogram: Option<Arc<Shape>>,
     sampler: Option<Arc<Sampler>>,
+    overdue: Option<Arc<Overdue>>,
 }
 
 impl Measures {
@@ -125,9 +127,9 @@ impl Board {
         });
         let kept = inner.devices.remove(&device);
         drop(inner);
-        if let Some(sampler) = kept.and_then(|kept| kept.measures.sampler) {
-            sampler.stop();
-        }
+        let Some(Measures { sampler, overdue, .. }) = kept.map(|kept| kept.measures) else { return };
+        sampler.iter().for_each(|sampler| sampler.stop());
+        overdue.iter().for_each(|overdue| overdue.stop());
     }
 }
 
@@ -332,6 +334,20 @@ pub fn set_sampling(registry: &Arc<Registry>, name: &str, period_us: u64) -> Res
     before.iter().for_each(|before| before.stop());
     if let Some(sampler) = begun {
         sampler.start(registry, device);
+    }
+    Ok(())
+}
+
+/// Has it told ([`crate::Notice::Failed`]) when an I/O of a bdev takes longer; 0: not any more.
+pub fn set_timeout(registry: &Arc<Registry>, name: &str, timeout_ns: u64) -> Result<(), BdevError> {
+    let device = registry.live(name)?;
+    let begun = (timeout_ns > 0).then(|| Overdue::new(timeout_ns));
+    let mut inner = registry.board().lock();
+    let before = std::mem::replace(&mut inner.devices.entry(device).or_default().measures.overdue, begun.clone());
+    drop(inner);
+    before.iter().for_each(|before| before.stop());
+    if let Some(overdue) = begun {
+        overdue.start(registry, device);
     }
     Ok(())
 }

@@ -2,9 +2,11 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use qpair_bdev::layer::health::QUIET_NS;
+use qpair_bdev::measures;
 use qpair_bdev::{BdevError, Channel, ChannelId, Device, FileBdev, Info, IoId, Layer, Notice, Op, QueueId, Registry, Status};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::driver::FileRef;
@@ -90,14 +92,47 @@ impl Bench {
         self.world.set_faults(Faults { error: chance, ..Faults::default() });
     }
 
-    /// Reasons told since the last time.
-    fn told(&mut self) -> Vec<String> {
-        self.world.settle();
+    /// Begins a read; how it ended, if it did at once.
+    fn io_at(&mut self, reactor: usize, lba: u64) -> Option<Status> {
+        let (layer, queue, channel) = self.ends[reactor].clone();
+        let memory = self.memory.clone();
+        self.world.with(reactor, |reactor| {
+            let mut layer = layer.borrow_mut();
+            let id = layer.take().unwrap();
+            let io = layer.io_mut(id);
+            (io.op, io.lba, io.blocks) = (Op::Read, lba, 2);
+            io.list.push(Sge { region: memory, offset: 0, length: 1024 });
+            io.push(queue, 0);
+            layer.submit(reactor, channel, &[id]);
+            layer.unplug(reactor);
+            let mut done: Vec<IoId> = Vec::new();
+            layer.reap(reactor, queue, &mut done);
+            done.into_iter().map(|id| layer.finish(id).1).last()
+        })
+    }
+
+    /// So long, where something looks again and again.
+    fn run(&mut self, ns: u64) {
+        let over = Arc::new(AtomicBool::new(false));
+        let told = over.clone();
+        self.world.with(0, move |reactor| {
+            reactor.after(ns, move |_| told.store(true, Ordering::Relaxed));
+        });
+        self.world.run_until("time has passed", 1_000_000, |_| over.load(Ordering::Relaxed));
+    }
+
+    fn told_now(&self) -> Vec<String> {
         let reason = |notice: Notice| match notice {
             Notice::Failed { name, reason } if name == "disk" => reason,
             other => panic!("{other:?}"),
         };
         self.notices.lock().unwrap().drain(..).map(reason).collect()
+    }
+
+    /// Reasons told since the last time.
+    fn told(&mut self) -> Vec<String> {
+        self.world.settle();
+        self.told_now()
     }
 }
 
@@ -187,4 +222,67 @@ fn a_module_that_panics_is_told_once_for_all_its_channels() {
     }
     assert_eq!(bench.told(), ["its module panicked: a reactor's channel to it fails all I/O from now on"]);
     assert_eq!(bench.registry.list(Some("disk")).unwrap().len(), 1);
+}
+
+/// Keeps what it gets until it is told to let go.
+struct Keeps(Info, Arc<AtomicBool>);
+
+struct KeepsChannel(Arc<AtomicBool>, Vec<IoId>);
+
+impl Device for Keeps {
+    fn info(&self) -> Info {
+        self.0.clone()
+    }
+
+    fn open(&self, _: &mut Reactor, _: &mut Layer, _: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
+        Ok(Box::new(KeepsChannel(self.1.clone(), Vec::new())))
+    }
+}
+
+impl Channel for KeepsChannel {
+    fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
+        self.1.extend(batch);
+        if !self.0.load(Ordering::Relaxed) {
+            self.1.drain(..).for_each(|id| layer.complete(id, Status::SUCCESS));
+        }
+    }
+}
+
+#[test]
+fn io_that_takes_too_long_is_told_by_its_oldest_and_once() {
+    let keeps = Arc::new(AtomicBool::new(false));
+    let device = Arc::new(Keeps(Info::new("disk", "keeps", 512, 2048), keeps.clone()));
+    let mut bench = Bench::new(|_| device);
+    measures::set_timeout(&bench.registry, "disk", 2_000_000_000).unwrap();
+    assert_eq!(bench.io_at(1, 5), Some(Status::SUCCESS));
+    bench.run(30_000_000_000);
+    assert_eq!(bench.told_now(), [""; 0]);
+    keeps.store(true, Ordering::Relaxed);
+    assert_eq!(bench.io_at(1, 40), None);
+    bench.run(1_000_000_000);
+    assert_eq!(bench.io_at(2, 60), None);
+    bench.run(300_000_000);
+    assert_eq!(bench.told_now(), [""; 0], "not yet");
+    bench.run(1_400_000_000);
+    let [told] = &bench.told_now()[..] else { panic!("not told once") };
+    let (what, age) = told.split_once(" has been under way for 2.").unwrap();
+    assert_eq!(what, "an I/O (Read of 2 blocks at block 40)");
+    assert!(age.ends_with(" s, the time-out is 2 s"), "{age}");
+    bench.run(60_000_000_000);
+    assert_eq!(bench.told_now(), [""; 0], "it is the same");
+    // They end, and others come.
+    keeps.store(false, Ordering::Relaxed);
+    assert_eq!((bench.io_at(1, 1), bench.io_at(2, 1)), (Some(Status::SUCCESS), Some(Status::SUCCESS)));
+    bench.run(QUIET_NS + 2_000_000_000);
+    keeps.store(true, Ordering::Relaxed);
+    assert_eq!(bench.io_at(0, 80), None);
+    bench.run(3_000_000_000);
+    assert!(matches!(&bench.told_now()[..], [told] if told.contains("at block 80")));
+    // Off: nothing looks any more.
+    measures::set_timeout(&bench.registry, "disk", 0).unwrap();
+    bench.run(2 * QUIET_NS);
+    assert_eq!(bench.told_now(), [""; 0]);
+    keeps.store(false, Ordering::Relaxed);
+    assert_eq!(bench.io_at(0, 1), Some(Status::SUCCESS));
+    bench.world.settle();
 }

@@ -146,6 +146,12 @@ impl Engine {
         Ok(draft.done(Value::Nothing))
     }
 
+    fn bdev_set_overdue(&self, name: &str, timeout_ms: Number) -> PyResult<u64> {
+        let (core, draft) = self.begin()?;
+        measures::set_timeout(&core.registry, name, timeout_ms.deadline_ns("timeout_ms")?).map_err(Failure::from)?;
+        Ok(draft.done(Value::Nothing))
+    }
+
     #[pyo3(signature = (name=None, *, reset="none"))]
     fn bdev_iostat(&self, name: Option<&str>, reset: &str) -> PyResult<u64> {
         let (core, draft) = self.begin()?;

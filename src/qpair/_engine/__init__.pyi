@@ -311,6 +311,9 @@ class Engine:
         ``lcore, records: bytes`` (48 each, see `qpair.bdev.trace.decode`), ``next`` (cursor to go on from), ``lost`` (overwritten before), ``names: {number: bdev}``.
         ``max_records``: of each reactor, 0 to 4096."""
 
+    def bdev_set_overdue(self, name: str, timeout_ms: int) -> int:
+        """A `BdevEvent` "failed" when an I/O of the bdev, whoever submitted it, takes longer; told once, and again when ten seconds passed without such an I/O. 0 ends it."""
+
     def bdev_set_timeout(self, descriptor: int, timeout_ms: int) -> None:
         """`IoTimeout` for each I/O of that descriptor that takes longer, and again for each further time-out that passes; 0 ends it. An I/O is told up to a
         quarter of the time-out (at least 1 ms, at most 1 s) later."""

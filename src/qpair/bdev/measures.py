@@ -1,4 +1,4 @@
-"""What is set and asked of any bdev while it works: limits and groups that share one, histograms, counters, queue depth.
+"""What is set and asked of any bdev while it works: limits and groups that share one, histograms, counters, queue depth, a time-out.
 
 How it works: the engine does it per reactor without locks; here are names, units and SPDK's shapes. In Python, by ``stack.bdevs.measures``, limits are exact and in bytes;
 SPDK's methods take megabytes and round up, I/Os to thousands. Ticks are nanoseconds.
@@ -39,6 +39,7 @@ __all__ = ["Histogram", "HistogramDisabled", "Limits", "Measures", "QosGroup"]
 IOS_STEP = 1000
 """SPDK rounds I/Os a second up to multiples of it."""
 NAMES_MAX = 1024
+TIMEOUT_MAX_S = 7 * 86_400
 GRANULARITY = 7
 MIN_NS = 1000
 MAX_NS = 120_000_000_000
@@ -151,11 +152,13 @@ class Measures:
     def __init__(self, room: BdevSubsystem) -> None:
         self._room = room
         self._histograms: dict[str, dict[str, Any]] = {}
+        self._timeouts: dict[str, int] = {}
 
     def on_event(self, event: BdevEvent) -> None:
         """Called by the room."""
         if event.kind == "removed":
             self._histograms.pop(event.name, None)
+            self._timeouts.pop(event.name, None)
 
     # -- limits -----------------------------------------------------------------------------------
 
@@ -260,6 +263,18 @@ class Measures:
         """Look at a bdev's queue depth once in so many microseconds; 0: not any more. Each look wakes all reactors."""
         await self._room.call("bdev_set_sampling", self._room.info(name).name, period_us)
 
+    async def set_timeout(self, name: str, seconds: int) -> None:
+        """Tell it as `Failed` when an I/O of a bdev takes longer, whoever submitted it; the I/O is left alone. 0: not any more. Each look, four in a time-out and at
+        least one a second, wakes all reactors."""
+        if not 0 <= seconds <= TIMEOUT_MAX_S:
+            raise InvalidArgument(f"timeout_in_sec is {seconds}, must be from 0 to {TIMEOUT_MAX_S}")
+        found = self._room.info(name).name
+        await self._room.call("bdev_set_overdue", found, seconds * 1000)
+        if seconds:
+            self._timeouts[found] = seconds
+        else:
+            self._timeouts.pop(found, None)
+
     # -- configuration ----------------------------------------------------------------------------
 
     def config(self) -> list[ConfigEntry]:
@@ -271,6 +286,8 @@ class Measures:
             if (options := self._histograms.get(info.name)) is not None:
                 given = {key: value for key, value in options.items() if value is not None}
                 entries.append({"method": "bdev_enable_histogram", "params": {"name": info.name, "enable": True, **given}})
+            if (seconds := self._timeouts.get(info.name)) is not None:
+                entries.append({"method": "qpair_bdev_set_timeout", "params": {"name": info.name, "timeout_in_sec": seconds}})
         for group in self.groups():
             entries.append({"method": "qpair_bdev_qos_group_create", "params": {"name": group.name, **_exact(group.limits)}})
             for bdev in group.bdevs:
@@ -400,6 +417,20 @@ async def qpair_bdev_qos_get_groups(stack: Stack, params: None) -> list[dict[str
         {"name": group.name, **dict.fromkeys(every, 0), **_exact(group.limits), "bdevs": list(group.bdevs)}
         for group in stack.bdevs.measures.groups()
     ]
+
+
+class SetTimeout(Params):
+    """``timeout_in_sec``: 0 ends it."""
+
+    name: str
+    timeout_in_sec: U64
+
+
+@method("qpair_bdev_set_timeout", params=SetTimeout)
+async def qpair_bdev_set_timeout(stack: Stack, params: SetTimeout) -> bool:
+    """Tell it as a failure of the bdev when an I/O takes longer."""
+    await stack.bdevs.measures.set_timeout(params.name, params.timeout_in_sec)
+    return True
 
 
 class EnableHistogram(Params):

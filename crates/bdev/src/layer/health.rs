@@ -30,7 +30,7 @@ pub(crate) struct Health(Mutex<Vec<Episode>>);
 
 impl Health {
     /// Whether this failure is news. `served`: I/O was done since the last one.
-    fn is_news(&self, cause: &'static str, served: bool, now_ns: u64) -> bool {
+    pub(super) fn is_news(&self, cause: &'static str, served: bool, now_ns: u64) -> bool {
         let mut episodes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(episode) = episodes.iter_mut().find(|episode| episode.cause == cause) else {
             episodes.push(Episode { cause, last_ns: now_ns });

@@ -20,6 +20,7 @@ mod dues;
 mod emulate;
 pub mod health;
 mod limits;
+pub(crate) mod overdue;
 mod ranges;
 mod settle;
 mod split;

@@ -23,7 +23,7 @@ use crate::{ChannelId, Descriptor, DeviceId, IoId, Op, Registry};
 /// Time between two looks at most.
 pub const LOOK_MAX_NS: u64 = 1_000_000_000;
 /// And at least.
-const LOOK_MIN_NS: u64 = 1_000_000;
+pub(super) const LOOK_MIN_NS: u64 = 1_000_000;
 
 /// An I/O that takes long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
