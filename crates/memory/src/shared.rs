@@ -1,7 +1,7 @@
 //! Typed windows onto shared memory, for rings: checked once when made, then only the index is checked.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -85,6 +85,34 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy> Shared<T> {
         let _ = index;
     }
 }
+
+macro_rules! as_atomics {
+    ($($number:ty, $atomic:ty);*) => {$(
+        impl Shared<$number> {
+            /// Loads value `index` whole, as an atomic; `Acquire` where what it announces is read next. Panics outside the window.
+            #[inline]
+            pub fn load_atomic(&self, index: usize, order: Ordering) -> $number {
+                <$number>::from_le(self.atomic(index).load(order))
+            }
+
+            /// Stores value `index` whole, as an atomic; `Release` where what was written before must be seen first. Panics outside the window.
+            #[inline]
+            pub fn store_atomic(&self, index: usize, value: $number, order: Ordering) {
+                self.atomic(index).store(value.to_le(), order);
+            }
+
+            #[inline]
+            fn atomic(&self, index: usize) -> &$atomic {
+                assert!(index < self.count, "index {index} of a window of {}", self.count);
+                // SAFETY: in the window, which was checked and aligned for a number of this size when made (an atomic of it is aligned no
+                // stricter on what we build for: asserted below); the region that `self` holds outlives the borrow; an atomic may alias anything shared.
+                unsafe { &*self.base.add(index).cast::<$atomic>() }
+            }
+        }
+        const _: () = assert!(align_of::<$number>() == align_of::<$atomic>() && size_of::<$number>() == size_of::<$atomic>());
+    )*};
+}
+as_atomics!(u16, AtomicU16; u32, AtomicU32; u64, AtomicU64);
 
 /// A 16-bit index or flag word that both sides of a ring use as an atomic.
 #[derive(Clone, Debug)]

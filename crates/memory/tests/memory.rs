@@ -180,6 +180,25 @@ fn windows_are_checked_when_made() {
 }
 
 #[test]
+fn a_window_of_numbers_is_also_one_of_atomics() {
+    let region = region(4096);
+    let words = Shared::<u64>::new(&region, 8, 4).unwrap();
+    words.store_atomic(3, 0x0123_4567_89ab_cdef, Ordering::Release);
+    assert_eq!((words.load_atomic(3, Ordering::Acquire), words.load_atomic(2, Ordering::Relaxed)), (0x0123_4567_89ab_cdef, 0));
+    assert_eq!(bytes::<8>(&region, 32), 0x0123_4567_89ab_cdef_u64.to_le_bytes());
+    let halves = Shared::<u16>::new(&region, 32, 4).unwrap();
+    assert_eq!(halves.load_atomic(0, Ordering::Acquire), 0xcdef);
+    Shared::<u32>::new(&region, 32, 2).unwrap().store_atomic(1, 7, Ordering::Release);
+    assert_eq!(words.load_atomic(3, Ordering::Acquire), 0x7_89ab_cdef);
+}
+
+#[test]
+#[should_panic(expected = "index 4 of a window of 4")]
+fn an_atomic_outside_its_window_panics() {
+    Shared::<u64>::new(&region(4096), 0, 4).unwrap().store_atomic(4, 0, Ordering::Release);
+}
+
+#[test]
 #[should_panic(expected = "index 4 of a window of 4")]
 fn an_index_outside_its_window_panics() {
     Shared::<u32>::new(&region(4096), 0, 4).unwrap().load(4);

@@ -9,7 +9,7 @@
 //!
 //! Errors: none. A wire structure can hold anything; who uses it checks it and refuses by name.
 //!
-//! Not implemented: big-endian (legacy) virtio, the packed ring's structures, zoned block device requests.
+//! Not implemented: big-endian (legacy) virtio, zoned block device requests.
 //!
 //! Limits: those of the field widths.
 
@@ -24,3 +24,4 @@ pub mod raid_superblock;
 pub mod vhost_user;
 pub mod virtio;
 pub mod virtio_blk;
+pub mod virtio_packed;

@@ -361,6 +361,90 @@ pub const INFLIGHT_LAST_BATCH_HEAD_OFFSET: u64 = offset_of!(InflightHeader, last
 /// Offset of `used_idx` in [`InflightHeader`].
 pub const INFLIGHT_USED_IDX_OFFSET: u64 = offset_of!(InflightHeader, used_idx) as u64;
 
+payload! {
+    /// Inflight region, packed ring: head of a queue's part. The documentation's C structure is not packed, so that the entries begin at a
+    /// multiple of 8: [`InflightPackedHeader`] has the padding that a compiler adds.
+    InflightPackedHeader, 32, {
+        /// Zero: no features are defined.
+        features: U64,
+        /// [`INFLIGHT_VERSION`]; zero in a region that no back end has used yet.
+        version: U16,
+        /// Entries that follow: the ring's size.
+        desc_num: U16,
+        /// First entry of the free list.
+        free_head: U16,
+        /// The same as of the last batch.
+        old_free_head: U16,
+        /// Where the next used descriptor is written.
+        used_idx: U16,
+        /// The same as of the last batch.
+        old_used_idx: U16,
+        /// The device's wrap counter.
+        used_wrap_counter: u8,
+        /// The same as of the last batch.
+        old_used_wrap_counter: u8,
+        /// Zero.
+        padding: [u8; 7],
+        /// Zero.
+        alignment: [u8; 3],
+    }
+}
+const _: () = assert!(offset_of!(InflightPackedHeader, used_idx) == 16 && offset_of!(InflightPackedHeader, used_wrap_counter) == 20);
+
+payload! {
+    /// Inflight region, packed ring: a descriptor that was taken, or a free entry.
+    InflightPackedDesc, 32, {
+        /// 1 while the chain is with the back end. Of the chain's first entry only, as `last`, `num` and `counter`.
+        inflight: u8,
+        /// Zero.
+        padding: u8,
+        /// The next entry: of the chain, or of the free list.
+        next: U16,
+        /// The chain's last entry.
+        last: U16,
+        /// How many descriptors the chain has.
+        num: U16,
+        /// Order of arrival: a larger one came later.
+        counter: U64,
+        /// As the descriptor had it.
+        id: U16,
+        /// As the descriptor had them.
+        flags: U16,
+        /// As the descriptor had it.
+        len: U32,
+        /// As the descriptor had it.
+        addr: U64,
+    }
+}
+const _: () = assert!(offset_of!(InflightPackedDesc, counter) == 8 && offset_of!(InflightPackedDesc, id) == 16);
+const _: () = assert!(offset_of!(InflightPackedDesc, len) == 20 && offset_of!(InflightPackedDesc, addr) == 24);
+
+/// Offset of `version` in [`InflightPackedHeader`]; where the split ring's header has it.
+pub const INFLIGHT_PACKED_VERSION_OFFSET: u64 = offset_of!(InflightPackedHeader, version) as u64;
+/// Offset of `desc_num` in [`InflightPackedHeader`].
+pub const INFLIGHT_PACKED_DESC_NUM_OFFSET: u64 = offset_of!(InflightPackedHeader, desc_num) as u64;
+/// Offset of `free_head` in [`InflightPackedHeader`].
+pub const INFLIGHT_PACKED_FREE_HEAD_OFFSET: u64 = offset_of!(InflightPackedHeader, free_head) as u64;
+/// Offset of `old_free_head` in [`InflightPackedHeader`].
+pub const INFLIGHT_PACKED_OLD_FREE_HEAD_OFFSET: u64 = offset_of!(InflightPackedHeader, old_free_head) as u64;
+/// Offset of `used_idx` in [`InflightPackedHeader`].
+pub const INFLIGHT_PACKED_USED_IDX_OFFSET: u64 = offset_of!(InflightPackedHeader, used_idx) as u64;
+/// Offset of `old_used_idx` in [`InflightPackedHeader`].
+pub const INFLIGHT_PACKED_OLD_USED_IDX_OFFSET: u64 = offset_of!(InflightPackedHeader, old_used_idx) as u64;
+/// Offset of `used_wrap_counter` in [`InflightPackedHeader`].
+pub const INFLIGHT_PACKED_USED_WRAP_OFFSET: u64 = offset_of!(InflightPackedHeader, used_wrap_counter) as u64;
+/// Offset of `old_used_wrap_counter` in [`InflightPackedHeader`].
+pub const INFLIGHT_PACKED_OLD_USED_WRAP_OFFSET: u64 = offset_of!(InflightPackedHeader, old_used_wrap_counter) as u64;
+/// Bytes of [`InflightPackedHeader`]: where the entries begin.
+pub const INFLIGHT_PACKED_ENTRIES_OFFSET: u64 = size_of::<InflightPackedHeader>() as u64;
+
+/// Bytes of one queue's part of a packed ring's inflight region, a multiple of [`INFLIGHT_ALIGN`].
+#[must_use]
+pub const fn inflight_packed_queue_bytes(queue_size: u16) -> u64 {
+    let bytes = INFLIGHT_PACKED_ENTRIES_OFFSET + size_of::<InflightPackedDesc>() as u64 * queue_size as u64;
+    bytes.next_multiple_of(INFLIGHT_ALIGN)
+}
+
 /// Bytes of one queue's part of the inflight region, a multiple of [`INFLIGHT_ALIGN`].
 #[must_use]
 pub const fn inflight_queue_bytes(queue_size: u16) -> u64 {

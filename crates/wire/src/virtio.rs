@@ -8,7 +8,7 @@
 //!
 //! Errors: [`RingSize::new`] refuses with `None`; its caller names the queue.
 //!
-//! Not implemented: the packed ring.
+//! Not implemented here: the packed ring, which is in [`virtio_packed`](crate::virtio_packed).
 //!
 //! Limits: 1 to 32768 entries a ring, a power of two (2.7: "Queue Size value is always a power of 2", at most 32768).
 
@@ -18,7 +18,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 bitflags! {
-    /// Flags of a descriptor (2.7.5).
+    /// Flags of a descriptor (2.7.5, 2.8.13).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct DescFlags: u16 {
         /// The chain goes on in `next`.
@@ -27,6 +27,10 @@ bitflags! {
         const WRITE = 1 << 1;
         /// The buffer is a table of descriptors (2.7.5.3).
         const INDIRECT = 1 << 2;
+        /// Packed ring: equal to the driver's wrap counter since the driver wrote it (2.8.1).
+        const AVAIL = 1 << 7;
+        /// Packed ring: equal to the device's wrap counter since the device wrote it (2.8.1).
+        const USED = 1 << 15;
     }
 
     /// Flags of the avail ring, written by the driver (2.7.6).
