@@ -25,6 +25,7 @@ BOOT = ("identity.sh", "filesystem.sh", "verify.sh", "zeroes.sh", "queues.sh")
 @dataclass
 class Boot:
     server: str
+    """storage-daemon, qpair or qpair-packed."""
     outcome: Outcome
     queues: list[dict[str, Any]] = field(default_factory=list)
     """What qpair says each ring did, asked while the guest paused in queues.sh."""
@@ -35,24 +36,30 @@ class Boot:
         return {key.removeprefix(f"{job}:"): value for key, value in self.outcome.values.items() if key.startswith(f"{job}:")}
 
 
-@pytest.fixture(scope="module", params=["storage-daemon", "qpair"])
+@pytest.fixture(scope="module", params=["storage-daemon", "qpair", "qpair-packed"])
 def boot(request: pytest.FixtureRequest, guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("disk")
     image = folder / "disk.img"
     with image.open("wb") as handle:
         handle.truncate(DISK_BYTES)
     with ExitStack() as running:
-        if request.param == "qpair":
+        ours, packed = request.param.startswith("qpair"), request.param == "qpair-packed"
+        if ours:
             server = running.enter_context(QpairServer(folder))
             server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512, fallocate=True)
-            socket = server.export_disk("vhost.0", "disk0")
+            socket = server.export_disk("vhost.0", "disk0", packed_ring=packed)
         else:
             socket = running.enter_context(StorageDaemon(guest, folder, image)).socket
         machine = running.enter_context(
-            guest.start([JOBS / job for job in BOOT], qemu_args=vhost_user_blk_args(socket), variables={"DISK": "vdb"}, timeout_s=240)
+            guest.start(
+                [JOBS / job for job in BOOT],
+                qemu_args=vhost_user_blk_args(socket, packed=packed),
+                variables={"DISK": "vdb"},
+                timeout_s=240,
+            )
         )
         machine.wait_for("GUEST-PAUSED", timeout_s=240)
-        [controller] = server.rpc("vhost_get_controllers", name="vhost.0") if request.param == "qpair" else [None]
+        [controller] = server.rpc("vhost_get_controllers", name="vhost.0") if ours else [None]
         machine.resume()
         result = Boot(request.param, machine.wait())
     if controller:
@@ -82,13 +89,17 @@ def test_linux_sees_the_geometry_and_the_features(boot: Boot) -> None:
     assert said["queues"] == "2"
 
 
+def test_linux_drives_packed_rings_where_they_are_offered(boot: Boot) -> None:
+    assert boot.said("identity")["packed"] == ("1" if boot.server == "qpair-packed" else "0")
+
+
 def test_linux_is_told_to_flush(boot: Boot) -> None:
     # QEMU's daemon reports its cache as off although it takes flushes, and Linux then sends none.
-    assert boot.said("identity")["write_cache"] == {"qpair": "write back", "storage-daemon": "write through"}[boot.server]
+    assert boot.said("identity")["write_cache"] == ("write through" if boot.server == "storage-daemon" else "write back")
 
 
 def test_get_id_names_the_disk(boot: Boot) -> None:
-    assert boot.said("identity")["serial"] == {"qpair": "disk0", "storage-daemon": "vhost_user_blk"}[boot.server]
+    assert boot.said("identity")["serial"] == ("vhost_user_blk" if boot.server == "storage-daemon" else "disk0")
 
 
 def test_a_file_system_survives_unmount_and_dropped_caches(boot: Boot) -> None:
@@ -121,7 +132,7 @@ def test_each_guest_processor_has_a_queue_and_both_do_io(boot: Boot) -> None:
     said = boot.said("queues")
     assert (said["cpus_of_queue0"], said["cpus_of_queue1"]) == ("0", "1")
     assert (said["errors_cpu0"], said["errors_cpu1"]) == ("0", "0")
-    if boot.server == "qpair":
+    if boot.server != "storage-daemon":
         busy = [queue for queue in boot.queues if queue["requests"] >= 4000]
         assert len(busy) == 2, json.dumps(boot.queues)
         assert len({queue["lcore"] for queue in busy}) == 2, f"both queues are on one reactor: {json.dumps(boot.queues)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from doubles.engine import Engine, EngineError, SessionEvent
 
-FEATURES = 0x1_3000_7244
+FEATURES = 0x5_3000_7244
 
 
 @dataclass

@@ -206,13 +206,6 @@ def test_a_short_configuration_head_is_refused() -> None:
     assert str(refusal(message(Request.SET_CONFIG, bytes(11)))) == "SET_CONFIG: payload size is 11, must be at least 12 bytes"
 
 
-def test_an_avail_index_past_16_bits_is_refused() -> None:
-    assert (
-        str(refusal(message(Request.SET_VRING_BASE, struct.pack("<II", 0, 65536))))
-        == "SET_VRING_BASE: base is 65536, must be at most 65535"
-    )
-
-
 def test_an_enable_that_is_neither_zero_nor_one_is_refused() -> None:
     assert str(refusal(message(Request.SET_VRING_ENABLE, struct.pack("<II", 0, 2)))) == "SET_VRING_ENABLE: enable is 2, must be 0 or 1"
 

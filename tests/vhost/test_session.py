@@ -205,8 +205,8 @@ async def test_an_unknown_request_ends_the_session(peer: Peer, controller: Any, 
 
 
 async def test_features_that_were_not_offered_end_the_session(peer: Peer, controller: Any, caplog: pytest.LogCaptureFixture) -> None:
-    peer.send(m.SetFeatures(1 << 34))
-    expected = f"SET_FEATURES: features is 0x400000000 with 0x400000000 that were not offered, must be a subset of {FEATURES | PROTOCOL_FEATURES_BIT:#x}"
+    peer.send(m.SetFeatures(1 << 35))
+    expected = f"SET_FEATURES: features is 0x800000000 with 0x800000000 that were not offered, must be a subset of {FEATURES | PROTOCOL_FEATURES_BIT:#x}"
     assert await broken(peer, controller, caplog) == expected
 
 
@@ -230,6 +230,20 @@ async def test_a_queue_that_does_not_exist_ends_the_session(
 ) -> None:
     peer.send(m.SetVringNum(index, 128))
     assert await broken(peer, controller, caplog) == f"SET_VRING_NUM: queue is {index}, must be below 4, this controller's number of queues"
+
+
+async def test_a_base_of_more_than_16_bits_ends_the_session_unless_rings_are_packed(
+    peer: Peer, recorder: VhostEngine, controller: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    await peer.agree(PROTOCOL_FEATURES_BIT | 1 << 34)
+    assert await peer.order(m.SetVringBase(0, 0x8005_0007)) == 0
+    assert await peer.order(m.SetVringNum(0, 100)) == 0
+    with_files(1, lambda fds: peer.send(m.SetInflightFd(4096, 0, 1, 100), fds))
+    assert await peer.order(m.SetFeatures(PROTOCOL_FEATURES_BIT)) == 0
+    assert "vhost_set_inflight_fd" in recorder.names()
+    assert [call.args for call in recorder.calls if call.name == "vhost_set_vring_base"] == [(0, 0x8005_0007)]
+    peer.send(m.SetVringBase(0, 65536))
+    assert await broken(peer, controller, caplog) == "SET_VRING_BASE: base is 65536, must be at most 65535"
 
 
 async def test_logging_that_was_not_agreed_on_ends_the_session(peer: Peer, controller: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -223,11 +223,11 @@ class Guest:
         return words
 
 
-def vhost_user_blk_args(socket: Path, *, queues: int = 2, queue_size: int = 128, name: str = "disk0") -> list[str]:
-    """QEMU arguments that attach a vhost-user-blk disk."""
+def vhost_user_blk_args(socket: Path, *, queues: int = 2, queue_size: int = 128, name: str = "disk0", packed: bool = False) -> list[str]:
+    """QEMU arguments that attach a vhost-user-blk disk. ``packed``: the guest is offered packed rings if the server offers them."""
     return [
         *("-chardev", f"socket,id={name}-socket,path={socket}"),
-        *("-device", f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues},queue-size={queue_size}"),
+        *("-device", f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues},queue-size={queue_size}{',packed=on' if packed else ''}"),
     ]
 
 

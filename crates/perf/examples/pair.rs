@@ -1,6 +1,6 @@
 //! Both ends of a ring: the load generator and the initiator on core 1, the vhost target on core 0, one process and no socket between.
 //!
-//! `cargo run --release -p qpair-perf --example pair -- [null|malloc] [depth] [milliseconds] [queue size]` prints one line of JSON.
+//! `cargo run --release -p qpair-perf --example pair -- [null|malloc] [depth] [milliseconds] [queue size] [packed]` prints one line of JSON.
 //! It is for comparing two builds in seconds; what users get is measured over the socket, by `make bench`.
 
 use std::error::Error;
@@ -12,7 +12,7 @@ use qpair_perf::{Spec, run};
 use qpair_reactor::driver::Choice;
 use qpair_reactor::event::Event;
 use qpair_reactor::{Config, ReactorId, thread};
-use qpair_vhost::{Addresses, Command, MemoryRow, Source, Target};
+use qpair_vhost::{Addresses, Command, MemoryRow, Options, Source, Target};
 use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
 use qpair_wire::virtio::Features;
 
@@ -25,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let depth: u32 = arguments.next().map_or(Ok(1), |text| text.parse())?;
     let duration_ms: u64 = arguments.next().map_or(Ok(1000), |text| text.parse())?;
     let size: u32 = arguments.next().map_or(Ok(512), |text| text.parse())?;
+    let packed = arguments.next().as_deref() == Some("packed");
     let device: Arc<dyn Device> = match module.as_str() {
         "null" => Arc::new(Null::new("bench", 4096, BLOCKS, None, 0)),
         "malloc" => Arc::new(Malloc::new("bench", 4096, BLOCKS, None, 0, 0)?),
@@ -35,10 +36,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let disks = Registry::new(vec![server.handle().clone()]);
     disks.register(device)?;
     let target = Target::new(disks, |failure| eprintln!("{}", failure.broken));
-    target.create("disk", "bench", vec![server.handle().clone()], false, 1)?;
+    target.create("disk", "bench", vec![server.handle().clone()], Options { packed_ring: true, ..Options::default() })?;
 
     let layout = VirtioLayout::new(1, size, 65536)?;
-    let features = Features::VERSION_1 | Features::INDIRECT_DESC | Features::RING_EVENT_IDX;
+    let mut features = Features::VERSION_1 | Features::INDIRECT_DESC | Features::RING_EVENT_IDX;
+    features.set(Features::RING_PACKED, packed);
     let queue = QueueSetup { size: size as u16, kick: Event::new()?, call: Event::new()? };
     serve(&target, &layout, &queue, features)?;
     let mut config = vec![0u8; 60];
@@ -52,7 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let report = run(&registry, Spec { depth, duration_ms, ..Spec::new("pair") })?;
     println!(
-        r#"{{"module":"{module}","depth":{depth},"iops":{:.0},"mean_ns":{:.1},"p50_ns":{},"p99_ns":{},"errors":{}}}"#,
+        r#"{{"module":"{module}","packed":{packed},"depth":{depth},"iops":{:.0},"mean_ns":{:.1},"p50_ns":{},"p99_ns":{},"errors":{}}}"#,
         report.iops(),
         report.mean_ns,
         report.percentile_ns(50.0),

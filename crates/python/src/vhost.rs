@@ -11,7 +11,7 @@ use std::time::Instant;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use qpair_reactor::event::Event;
-use qpair_vhost::{Addresses, Answer, Broken, Command, ControllerInfo, MemoryRow, QueueState, Source, Target, VhostError};
+use qpair_vhost::{Addresses, Answer, Broken, Command, ControllerInfo, MemoryRow, Options, QueueState, Source, Target, VhostError};
 
 use crate::core::{Core, lock};
 use crate::engine::Engine;
@@ -196,11 +196,9 @@ impl Engine {
         packed_ring: bool,
     ) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
-        if packed_ring {
-            return Err(Failure::new(libc::EOPNOTSUPP, "packed_ring True: only split rings are implemented").into());
-        }
         let reactors = core.pick_reactors(reactors.unwrap_or_default())?;
-        core.vhost.target.create(name, bdev, reactors, readonly, num_queues.u32("num_queues")?).map_err(Failure::from)?;
+        let options = Options { readonly, packed_ring, num_queues: num_queues.u32("num_queues")? };
+        core.vhost.target.create(name, bdev, reactors, options).map_err(Failure::from)?;
         Ok(draft.done(Value::Nothing))
     }
 

@@ -1,6 +1,6 @@
 //! rust-vmm's vhost-user front end as an independent master of any vhost-user-blk target.
 //!
-//! `cargo run -p qpair-vhost --example frontend -- SOCKET [filled] [plain]` connects once for each row of [`SESSIONS`]: ring sizes, event index or
+//! `cargo run -p qpair-vhost --example frontend -- SOCKET [filled] [plain] [packed]` connects once for each row of [`SESSIONS`]: ring sizes, event index or
 //! none, memory in one region or in many, with an inflight region. In each it does reads, writes, flushes, discards, write-zeroes and get-ids in
 //! random cuts over two rings at once, compares every byte with what it knows the disk to hold, sees requests that make no sense refused, and
 //! stops and restarts its rings halfway. The first 4 MiB of the disk are overwritten; at the end each 8-byte word there is its sector's number plus
@@ -9,7 +9,7 @@
 //! `filled`: the disk holds that pattern already (left by an earlier run, say), which is verified before anything is written; a read-only
 //! disk must. `plain`: without what QEMU's storage daemon does not answer as the standard has it: configuration space at an offset or
 //! longer than its own, an inflight region, direct descriptors before an indirect table, the used length of GET_ID and zeros behind
-//! the name.
+//! the name. `packed`: all rings are packed.
 //!
 //! Output: `key=value` lines of what was met, then `ok REQUESTS BYTES`; or an error that says which request, and what was wrong. The rings
 //! are driven by the guest of our tests.
@@ -24,9 +24,9 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use guest::{Ask, DATA_MAX, Done, Driver, GUEST, USER};
+use guest::{Ask, DATA_MAX, Done, Driver, GUEST, Kind, USER};
 use qpair_memory::Mapping;
-use qpair_wire::virtio::{Features, RingSize};
+use qpair_wire::virtio::Features;
 use qpair_wire::virtio_blk::{BlkFeatures, BlkStatus, Config, ID_BYTES, RequestType, Segment, SegmentFlags};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -68,15 +68,16 @@ const SESSIONS: [Plan; 6] = [
 
 fn main() -> Outcome<()> {
     let mut words = std::env::args().skip(1);
-    let socket = words.next().ok_or("usage: frontend SOCKET [filled] [plain]")?;
+    let socket = words.next().ok_or("usage: frontend SOCKET [filled] [plain] [packed]")?;
     let words: Vec<String> = words.collect();
-    if let Some(unknown) = words.iter().find(|word| !["filled", "plain"].contains(&word.as_str())) {
-        return Err(format!("unknown word {unknown}: filled or plain").into());
+    if let Some(unknown) = words.iter().find(|word| !["filled", "plain", "packed"].contains(&word.as_str())) {
+        return Err(format!("unknown word {unknown}: filled, plain or packed").into());
     }
-    let (filled, plain) = (words.contains(&"filled".to_owned()), words.contains(&"plain".to_owned()));
+    let [filled, plain, packed] = ["filled", "plain", "packed"].map(|word| words.iter().any(|given| given == word));
+    let kind = if packed { Kind::Packed } else { Kind::Split };
     let mut disk = Disk::default();
     for (number, plan) in SESSIONS.iter().enumerate() {
-        let mut session = Session::open(&socket, plan, plain)?;
+        let mut session = Session::open(&socket, plan, plain, kind)?;
         if number == 0 {
             session.say(filled)?;
             disk.bytes = pattern();
@@ -279,11 +280,12 @@ struct Session {
 }
 
 impl Session {
-    fn open(socket: &str, plan: &Plan, plain: bool) -> Outcome<Self> {
+    fn open(socket: &str, plan: &Plan, plain: bool, kind: Kind) -> Outcome<Self> {
         let mut master = Frontend::connect(socket, QUEUES as u64)?;
         master.set_owner()?;
         let mut wanted = Features::VERSION_1 | Features::INDIRECT_DESC | Features::PROTOCOL_FEATURES;
         wanted.set(Features::RING_EVENT_IDX, plan.event_idx);
+        wanted.set(Features::RING_PACKED, kind == Kind::Packed);
         let features = master.get_features()? & (wanted.bits() | BlkFeatures::all().bits());
         let offered = master.get_protocol_features()?;
         let mut protocol = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
@@ -297,8 +299,10 @@ impl Session {
         let inflight = plan.inflight > 0 && (!plain || offered.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
         let inflight = if inflight { Some(share_inflight(&mut master, queues, plan.inflight)?) } else { None };
 
-        let size = RingSize::new(plan.entries.into()).ok_or("ring size")?;
-        let each = Driver::bytes(size, SLOTS).next_multiple_of(4096);
+        if features & kind.feature() != kind.feature() {
+            return Err("the target offers no packed ring".into());
+        }
+        let each = Driver::bytes(plan.entries, SLOTS).next_multiple_of(4096);
         let memory = Mapping::memfd("frontend", each as usize * queues)?;
         show_memory(&mut master, &memory, if plan.many_regions { each } else { each * queues as u64 }, offered)?;
         let event_idx = features & Features::RING_EVENT_IDX.bits() != 0;
@@ -307,11 +311,11 @@ impl Session {
         }
         let mut rings = Vec::new();
         for index in 0..queues {
-            let driver = Driver::new(&memory, index as u64 * each, size, SLOTS, event_idx, 0);
+            let driver = Driver::new(kind, &memory, index as u64 * each, plan.entries, SLOTS, event_idx, kind.start());
             rings.push(Ring::new(index, driver)?);
         }
         for ring in &rings {
-            ring.start(&mut master, 0)?;
+            ring.start(&mut master)?;
         }
         Ok(Self { master, features, config, rings, plain, _inflight: inflight })
     }
@@ -413,9 +417,11 @@ impl Session {
     /// Stops the rings and checks that all was answered.
     fn stop(&mut self) -> Outcome<()> {
         for ring in &self.rings {
-            let (base, asked) = (self.master.get_vring_base(ring.index)?, ring.driver.avail_idx);
-            if base != u32::from(asked) {
-                return Err(format!("ring {}: GET_VRING_BASE says {base}, and {asked} were answered", ring.index).into());
+            let (base, answered) = (self.master.get_vring_base(ring.index)?, ring.driver.base());
+            if base != answered {
+                return Err(
+                    format!("ring {}: GET_VRING_BASE says {base:#x}, and {answered:#x} is where all is answered", ring.index).into()
+                );
             }
         }
         Ok(())
@@ -423,7 +429,7 @@ impl Session {
 
     fn restart(&mut self) -> Outcome<()> {
         self.stop()?;
-        self.rings.iter().try_for_each(|ring| ring.start(&mut self.master, ring.driver.avail_idx))
+        self.rings.iter().try_for_each(|ring| ring.start(&mut self.master))
     }
 }
 
@@ -512,8 +518,8 @@ impl Ring {
         Ok(Self { index, driver, kick: EventFd::new(0)?, call: EventFd::new(EFD_NONBLOCK)?, asked: BTreeMap::new(), sleepy: false })
     }
 
-    fn start(&self, master: &mut Frontend, base: u16) -> Outcome<()> {
-        let (at, entries) = (self.driver.addresses(), self.driver.size.get());
+    fn start(&self, master: &mut Frontend) -> Outcome<()> {
+        let (at, entries) = (self.driver.addresses(), self.driver.size());
         master.set_vring_num(self.index, entries)?;
         let (desc_table_addr, used_ring_addr, avail_ring_addr) = (at.desc, at.used, at.avail);
         let config = VringConfigData {
@@ -526,7 +532,8 @@ impl Ring {
             log_addr: None,
         };
         master.set_vring_addr(self.index, &config)?;
-        master.set_vring_base(self.index, base)?;
+        // This front end sends 16 bits, of a packed ring the lower half.
+        master.set_vring_base(self.index, self.driver.base() as u16)?;
         master.set_vring_call(self.index, &self.call)?;
         master.set_vring_kick(self.index, &self.kick)?;
         Ok(master.set_vring_enable(self.index, true)?)
@@ -536,7 +543,7 @@ impl Ring {
     fn submit(&mut self, todo: &mut VecDeque<Job>) -> Outcome<()> {
         while let Some(job) = todo.front() {
             let mut ask = job.ask();
-            if self.driver.size.get() < 10 {
+            if self.driver.size() < 10 {
                 ask.direct = Some(0);
             }
             if let (false, Some(slot)) = (job.out.is_empty(), self.driver.next_slot()) {
@@ -559,9 +566,9 @@ impl Ring {
         self.sleepy = !self.sleepy;
         let (begun, waits) = (Instant::now(), self.driver.want_interrupts(self.sleepy) && self.sleepy);
         // An interrupt may be an old one: what counts is that there is one when there are answers.
-        while (waits && self.call.read().is_err()) || self.driver.used_index() == self.driver.last_used {
+        while (waits && self.call.read().is_err()) || !self.driver.answered() {
             if begun.elapsed() > PATIENCE {
-                let lacks = if self.driver.used_index() == self.driver.last_used { "answer" } else { "interrupt" };
+                let lacks = if !self.driver.answered() { "answer" } else { "interrupt" };
                 return Err(format!("ring {}: no {lacks} within {PATIENCE:?}", self.index).into());
             }
             std::thread::yield_now();
@@ -571,7 +578,7 @@ impl Ring {
             let read = self.driver.read(done.slot, job.read_bytes);
             disk.answered(&job, done, &read, plain).map_err(|error| {
                 let (kind, bytes) = (job.kind.0, job.read_bytes.max(job.out.len() as u32));
-                format!("ring {} of {}: type {kind}, sector {}, {bytes} bytes: {error}", self.index, self.driver.size.get(), job.sector)
+                format!("ring {} of {}: type {kind}, sector {}, {bytes} bytes: {error}", self.index, self.driver.size(), job.sector)
             })?;
         }
         Ok(())

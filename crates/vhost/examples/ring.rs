@@ -1,7 +1,9 @@
 //! The target alone: one thread plays the guest and turns the reactor, so that what is counted is the ring's and the layer's work.
 //!
-//! `cargo run --release -p qpair-vhost --example ring -- [null|malloc] [depth] [requests] [cross]` prints one line of JSON. Under
+//! `cargo run --release -p qpair-vhost --example ring -- [null|malloc] [depth] [requests] [cross] [packed]` prints one line of JSON. Under
 //! `valgrind --tool=callgrind`, the difference of two runs with different request counts gives instructions a request.
+//!
+//! With `packed` the ring is a packed one, its chains direct as the split one's are: the driver writes three descriptors for each request.
 //!
 //! With `cross` the reactor runs on core 0 and the guest on core 1: the round trip as a guest sees it that does nothing but wait.
 
@@ -14,9 +16,10 @@ use qpair_bdev::{Device, Registry, malloc::Malloc, null::Null};
 use qpair_memory::{Mapping, Pages, Region, Shared, SharedIndex};
 use qpair_reactor::driver::{Choice, open};
 use qpair_reactor::{Clock, Config, Handle, Reactor, ReactorId, Turn, thread};
-use qpair_vhost::{Addresses, Command, MemoryRow, Source, Target};
+use qpair_vhost::{Addresses, Command, MemoryRow, Options, Source, Target};
 use qpair_wire::virtio::{Desc, DescFlags, Features, RingLayout, RingSize};
 use qpair_wire::virtio_blk::{RequestHeader, RequestType};
+use qpair_wire::virtio_packed::{PackedSize, Position, turn};
 use zerocopy::IntoBytes;
 
 const BLOCK: u64 = 4096;
@@ -37,8 +40,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         other => return Err(format!("module {other}: null or malloc").into()),
     };
     let polling = Config::default();
-    let mut guest = Guest::new()?;
-    let each = if arguments.next().as_deref() == Some("cross") {
+    let words: Vec<String> = arguments.collect();
+    let [cross, packed] = ["cross", "packed"].map(|word| words.iter().any(|given| given == word));
+    let mut guest = Guest::new(packed)?;
+    let each = if cross {
         let server = thread::spawn(ReactorId(0), polling, Choice::Auto, true)?;
         thread::pin_to(1)?;
         guest.connect(server.handle(), device, std::thread::yield_now)?;
@@ -49,7 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         guest.connect(&handle, device, || assert!(reactor.turn() != Turn::Stopped))?;
         guest.measure(depth, requests, || assert!(reactor.turn() != Turn::Stopped))
     };
-    println!(r#"{{"module":"{module}","depth":{depth},"requests":{requests},"ns_per_request":{each:.1}}}"#);
+    println!(r#"{{"module":"{module}","packed":{packed},"depth":{depth},"requests":{requests},"ns_per_request":{each:.1}}}"#);
     Ok(())
 }
 
@@ -63,15 +68,65 @@ struct Guest {
     used: SharedIndex,
     next: u16,
     random: u64,
+    packed: Option<Packed>,
+}
+
+/// A packed ring in the same memory: two words a descriptor, and where its driver writes and reads next.
+struct Packed {
+    words: Shared<u64>,
+    size: PackedSize,
+    next: Position,
+    used: Position,
+}
+
+impl Packed {
+    /// A batch of requests, the first descriptor's flags last.
+    fn add(&mut self, depth: u16) {
+        let (mut first, start) = (0, self.next);
+        for slot in 0..u64::from(depth) {
+            let chain = [
+                (HEADERS + 16 * slot, 16, DescFlags::NEXT),
+                (DATA + BLOCK * slot, BLOCK, DescFlags::NEXT | DescFlags::WRITE),
+                (STATUSES + slot, 1, DescFlags::WRITE),
+            ];
+            for (address, length, flags) in chain {
+                let at = 2 * usize::from(self.next.index());
+                let second = length | slot << 32 | u64::from(flags.bits() | self.next.available()) << 48;
+                self.words.store_atomic(at, address, Ordering::Relaxed);
+                if self.next == start {
+                    first = second;
+                } else {
+                    self.words.store_atomic(at + 1, second, Ordering::Relaxed);
+                }
+                self.next = self.size.advance(self.next, 1);
+            }
+        }
+        self.words.store_atomic(2 * usize::from(start.index()) + 1, first, Ordering::Release);
+    }
+
+    fn wait(&mut self, depth: u16, mut until: impl FnMut()) {
+        for _ in 0..depth {
+            let at = 2 * usize::from(self.used.index()) + 1;
+            while turn((self.words.load_atomic(at, Ordering::Acquire) >> 48) as u16) != self.used.used() {
+                until();
+            }
+            self.used = self.size.advance(self.used, 3);
+        }
+    }
 }
 
 impl Guest {
-    fn new() -> Result<Self, Box<dyn Error>> {
+    fn new(packed: bool) -> Result<Self, Box<dyn Error>> {
         let memory = Mapping::anonymous(8 << 20, Pages::Normal)?;
         let region = Region::new(memory.clone());
         let size = RingSize::new(QUEUE).ok_or("queue size")?;
         let layout = size.layout(0, 4096).ok_or("layout")?;
-        for index in 0..QUEUE as u16 / 4 {
+        let ring = || -> Result<Packed, Box<dyn Error>> {
+            let words = Shared::new(&region, 0, 2 * QUEUE as usize)?;
+            Ok(Packed { words, size: PackedSize::new(QUEUE).ok_or("queue size")?, next: Position::START, used: Position::START })
+        };
+        let packed = packed.then(ring).transpose()?;
+        for index in 0..if packed.is_some() { 0 } else { QUEUE as u16 / 4 } {
             let slot = u64::from(index);
             let (header, data, status) = (HEADERS + 16 * slot, DATA + BLOCK * slot, STATUSES + slot);
             let chain = [
@@ -90,6 +145,7 @@ impl Guest {
             layout,
             next: 0,
             random: 0x9E37_79B9_7F4A_7C15,
+            packed,
         })
     }
 
@@ -98,12 +154,14 @@ impl Guest {
         let registry = Registry::new(vec![reactor.clone()]);
         registry.register(device)?;
         let target = Target::new(registry, |failure| panic!("{}", failure.broken));
-        target.create("disk", "bench", vec![reactor.clone()], false, 1)?;
+        target.create("disk", "bench", vec![reactor.clone()], Options { packed_ring: true, ..Options::default() })?;
         let session = target.open("disk")?;
         let row = MemoryRow { guest_address: 0, length: 8 << 20, user_address: 0, offset: 0, source: Source::Mapping(self.memory.clone()) };
         let addresses = Addresses { desc: self.layout.desc, avail: self.layout.avail, used: self.layout.used };
+        let mut features = Features::VERSION_1 | Features::RING_EVENT_IDX;
+        features.set(Features::RING_PACKED, self.packed.is_some());
         let commands = [
-            Command::SetFeatures((Features::VERSION_1 | Features::RING_EVENT_IDX).bits()),
+            Command::SetFeatures(features.bits()),
             Command::SetMemTable(vec![row]),
             Command::SetVringNum { queue: 0, size: QUEUE },
             Command::SetVringAddr { queue: 0, addresses },
@@ -143,12 +201,22 @@ impl Guest {
                 let header = RequestHeader::new(RequestType::IN, (self.random % BLOCKS) * (BLOCK / 512));
                 let written = self.region.write(HEADERS + 16 * u64::from(position), header.as_bytes());
                 written.unwrap_or_else(|error| panic!("{error}"));
-                self.ring.store(usize::from(self.next.wrapping_add(position)) % QUEUE as usize, 3 * position);
+                if self.packed.is_none() {
+                    self.ring.store(usize::from(self.next.wrapping_add(position)) % QUEUE as usize, 3 * position);
+                }
             }
             self.next = self.next.wrapping_add(depth);
-            self.avail.store(self.next, Ordering::Release);
-            while self.used.load(Ordering::Acquire) != self.next {
-                turn();
+            match &mut self.packed {
+                Some(ring) => {
+                    ring.add(depth);
+                    ring.wait(depth, &mut *turn);
+                }
+                None => {
+                    self.avail.store(self.next, Ordering::Release);
+                    while self.used.load(Ordering::Acquire) != self.next {
+                        turn();
+                    }
+                }
             }
             done += u64::from(depth);
         }

@@ -1,11 +1,11 @@
 //! vhost-user-blk, the device's side: controllers, sessions and the rings they run.
 //!
-//! Virtio 1.2 (2.7 split virtqueues, 5.2 block device) and the vhost-user protocol of QEMU's documentation.
+//! Virtio 1.2 (2.7 split virtqueues, 2.8 packed virtqueues, 5.2 block device) and the vhost-user protocol of QEMU's documentation.
 //!
 //! How it works. A [`Target`] holds controllers: a bdev seen as a virtio-blk device. Python owns the socket and decodes
 //! its messages; each becomes a [`Command`] to a session. A [`session`] lives on its controller's home reactor and
 //! executes commands one after the other; its rings live on the reactors they were spread over. A ring is a
-//! poller ([`queue`]): it takes requests from the guest's memory ([`split`], [`request`]), submits them in batches,
+//! poller ([`queue`]): it takes requests from the guest's memory ([`ring`], [`split`], [`packed`], [`request`]), submits them in batches,
 //! and puts what is done back. A command that promises quiet (GET_VRING_BASE, a new memory table, reset, close) is
 //! answered only after every ring concerned has drained, on its own reactor, and has let go of the memory.
 //!
@@ -14,7 +14,7 @@
 //!
 //! Errors. [`VhostError`] for commands that cannot be done; [`Broken`] for what a ring's driver did.
 //!
-//! Not implemented: packed ring, dirty log, backend requests, memory regions one by one.
+//! Not implemented: in-order use (a fast answer would wait behind a slow one), dirty log, backend requests, memory regions one by one.
 //!
 //! Limits: [`QUEUES_MAX`] queues a controller, 32768 entries a queue, [`request::SEGMENTS_MAX`] data segments a request.
 
@@ -22,8 +22,10 @@
 
 mod config;
 mod inflight;
+mod packed;
 mod queue;
 pub mod request;
+pub mod ring;
 mod session;
 mod split;
 mod stats;
@@ -31,13 +33,25 @@ mod target;
 
 pub use config::{features, serial};
 pub use inflight::Inflight;
+pub use packed::PackedRing;
 pub use session::{Answer, Command, MemoryRow, Source};
-pub use split::{Addresses, SplitRing};
+pub use split::SplitRing;
 pub use stats::{QueueState, QueueStats};
-pub use target::{Controller, ControllerInfo, Failure, QueueInfo, Reply, SessionInfo, Target};
+pub use target::{Controller, ControllerInfo, Failure, Options, QueueInfo, Reply, SessionInfo, Target};
 
 /// Most queues of one controller.
 pub const QUEUES_MAX: u32 = 256;
+
+/// Where a ring's three areas lie, as front-end addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// Descriptor table.
+    pub desc: u64,
+    /// Avail ring; of a packed ring the driver's event suppression.
+    pub avail: u64,
+    /// Used ring; of a packed ring the device's event suppression.
+    pub used: u64,
+}
 
 /// A rule of the ring that its driver broke. Ends the queue.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -123,6 +137,40 @@ pub enum Broken {
     InFlight {
         /// First descriptor.
         head: u16,
+    },
+    /// A packed ring's driver makes more available than is free.
+    #[error("descriptor {index} was made available while all {size} of the ring are in flight")]
+    Overrun {
+        /// Index on the ring.
+        index: u16,
+        /// Ring size.
+        size: u16,
+    },
+    /// Wrap bits that lie, in a packed ring.
+    #[error("descriptor {index} of the chain at {head} is not available by its wrap bits, though the chain goes on there")]
+    NotAvailable {
+        /// First descriptor.
+        head: u16,
+        /// Index on the ring.
+        index: u16,
+    },
+    /// A buffer id outside the ring, in a packed ring.
+    #[error("the chain at {head} has buffer id {id}, the ring has {size}")]
+    BadId {
+        /// First descriptor.
+        head: u16,
+        /// As read.
+        id: u16,
+        /// Ring size.
+        size: u16,
+    },
+    /// A buffer id that is in use, in a packed ring.
+    #[error("the chain at {head} has buffer id {id}, which is in flight")]
+    IdInFlight {
+        /// First descriptor.
+        head: u16,
+        /// As read.
+        id: u16,
     },
     /// Guest memory went away (its file shrank).
     #[error("guest memory vanished: its file was truncated")]

@@ -1,6 +1,6 @@
-//! One running ring on its reactor: takes requests, submits them in batches, puts back what is done.
+//! One running ring on its reactor, of either kind: takes requests, submits them in batches, puts back what is done.
 //!
-//! **Each request is answered exactly once.** A head is accepted only if it is not in flight ([`Broken::InFlight`]), and is
+//! **Each request is answered exactly once.** An id (a split ring's head) is accepted only if it is not in flight ([`Broken::InFlight`], [`Broken::IdInFlight`]), and is
 //! then in flight until its last I/O was reaped; reaping is exactly once by the layer's contract, and only there the used
 //! entry is written. A ring that drains takes nothing more and stops when nothing is in flight; so no used entry, no
 //! status and no data are written after it said it was quiet. A ring that failed writes nothing more at all.
@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use qpair_bdev::{ChannelId, IoId, Layer, QueueId};
-use qpair_memory::{GuestMemory, Place};
+use qpair_memory::{GuestMemory, Place, SgList};
 use qpair_reactor::driver::WatchId;
 use qpair_reactor::event::Event;
 use qpair_reactor::log::{self, Level};
@@ -21,12 +21,12 @@ use qpair_wire::nvme::Status;
 use qpair_wire::virtio_blk::BlkStatus;
 
 use crate::config::RANGES_MAX;
-use crate::inflight::InflightQueue;
-use crate::request;
+use crate::request::{self, Request};
+use crate::ring::{Chain, Kind, Taken, Tracker};
 use crate::session::Setup;
 use crate::stats::QueueState;
-use crate::{Broken, SplitRing, VhostError};
-use prepare::{Refused, usual};
+use crate::{Broken, PackedRing, SplitRing, VhostError};
+use prepare::Refused;
 
 /// Requests taken between two looks at what is done: small enough that the guest gets answers while we work on.
 const CHUNK: u16 = 32;
@@ -35,26 +35,52 @@ const CHUNKS: usize = 8;
 /// How far ahead descriptors are fetched.
 const AHEAD: u16 = 4;
 
-/// What is kept of a request while it is in flight. Indexed by head.
+/// What is kept of a request while it is in flight. Indexed by its id.
 #[derive(Clone, Copy, Default)]
 struct Slot {
     status: Place,
     written: u32,
-    /// I/Os not yet reaped; 0: the head is not in flight.
+    /// I/Os not yet reaped; 0: the id is not in flight.
     pending: u32,
     failed: Option<Status>,
+    /// Descriptors that go by with it.
+    count: u16,
+    /// Where the inflight region has it.
+    entry: u16,
 }
 
-/// Told when a draining ring has stopped, with the avail index it would take next.
-pub(crate) type Stopped = Box<dyn FnOnce(&mut Reactor, u16)>;
+/// What became of a request that was looked at.
+enum Accepted {
+    Submitted,
+    /// At once, by its name.
+    Answered(u16, BlkStatus),
+    NoRoom,
+}
+
+/// Told when a draining ring has stopped, with its base.
+pub(crate) type Stopped = Box<dyn FnOnce(&mut Reactor, u32)>;
+
+/// A queue for those who start and stop it, whatever its ring.
+pub(crate) trait Control {
+    /// Takes nothing new; `stopped` is called when all is answered and everything is let go of.
+    fn stop(&mut self, reactor: &mut Reactor, abort_after_ns: u64, stopped: Stopped);
+
+    /// Another descriptor to interrupt by.
+    fn set_call(&mut self, call: Option<Event>);
+}
+
+/// Puts a ring to work on this reactor.
+pub(crate) fn start(reactor: &mut Reactor, setup: Setup) -> Result<Rc<RefCell<dyn Control>>, VhostError> {
+    Ok(if setup.packed { Queue::<PackedRing>::start(reactor, setup)? } else { Queue::<SplitRing>::start(reactor, setup)? })
+}
 
 /// See the module's doc.
-pub(crate) struct Queue {
+struct Queue<R: Kind> {
     setup: Setup,
-    ring: SplitRing,
+    ring: R,
     memory: GuestMemory,
-    inflight_region: Option<InflightQueue>,
-    /// Heads a predecessor had not answered, to be submitted first.
+    tracker: Option<R::Tracker>,
+    /// What a predecessor had not answered, by its entries in the inflight region, to be submitted first.
     resubmit: Vec<u16>,
     /// Where the newest request's header was, and its status.
     header_at: Place,
@@ -67,6 +93,8 @@ pub(crate) struct Queue {
     watch: Option<WatchId>,
     state: QueueState,
     inflight: u32,
+    /// Requests answered and not yet shown.
+    answered: u32,
     batch: Vec<IoId>,
     done: Vec<IoId>,
     block_shift: u32,
@@ -75,22 +103,14 @@ pub(crate) struct Queue {
 }
 
 /// The poller; the queue itself is shared with those who stop it.
-struct QueuePoller(Rc<RefCell<Queue>>);
+struct QueuePoller<R: Kind>(Rc<RefCell<Queue<R>>>);
 
-impl Queue {
-    /// Puts a ring to work on this reactor.
-    pub(crate) fn start(reactor: &mut Reactor, setup: Setup) -> Result<Rc<RefCell<Self>>, VhostError> {
+impl<R: Kind> Queue<R> {
+    fn start(reactor: &mut Reactor, setup: Setup) -> Result<Rc<RefCell<Self>>, VhostError> {
         let memory = setup.memory()?;
-        let mut ring = SplitRing::new(&memory, setup.size, setup.addresses, setup.base, setup.event_idx)?;
-        let mut inflight_region = setup.inflight.as_ref().map(|region| region.queue(setup.index, ring.size())).transpose()?;
-        let mut resubmit = Vec::new();
-        if let Some(region) = &mut inflight_region {
-            let recovered = region.recover(ring.next_used())?;
-            resubmit = recovered.heads;
-            if recovered.used_before {
-                ring.resume_after(resubmit.len() as u16);
-            }
-        }
+        let mut ring = R::open(&memory, &setup)?;
+        let tracked = setup.inflight.as_ref().map(|region| ring.track(region, setup.index)).transpose()?;
+        let (tracker, resubmit) = tracked.map_or((None, Vec::new()), |(tracker, left)| (Some(tracker), left));
         let layer = Layer::of(reactor);
         let info = setup.descriptor.info().ok_or_else(|| VhostError::NoSuch(format!("bdev {}", setup.descriptor.name())))?;
         let channel = setup.descriptor.channel(reactor, &mut layer.borrow_mut())?;
@@ -102,7 +122,7 @@ impl Queue {
         let queue = Rc::new(RefCell::new(Self {
             ring,
             memory,
-            inflight_region,
+            tracker,
             resubmit,
             header_at: Place::default(),
             status_at: Place::default(),
@@ -114,6 +134,7 @@ impl Queue {
             watch: None,
             state: QueueState::Running,
             inflight: 0,
+            answered: 0,
             batch: Vec::with_capacity(usize::from(CHUNK) * RANGES_MAX),
             done: Vec::with_capacity(1024),
             block_shift: info.block_size.trailing_zeros(),
@@ -154,26 +175,6 @@ impl Queue {
             layer.close_channel(reactor, self.channel);
         }
         reactor.remove_poller(self.poller);
-    }
-
-    /// Takes nothing new; `stopped` is called when all is answered and everything is let go of.
-    pub(crate) fn stop(&mut self, reactor: &mut Reactor, abort_after_ns: u64, stopped: Stopped) {
-        self.stopped = Some(stopped);
-        if self.state == QueueState::Running {
-            self.set_state(QueueState::Draining);
-        }
-        if let Some(waker) = reactor.waker(self.poller) {
-            waker.wake();
-        }
-        let (layer, completions) = (self.layer.clone(), self.completions);
-        self.abort_timer = Some(reactor.after(abort_after_ns, move |reactor| layer.borrow_mut().abort_queue(reactor, completions)));
-    }
-
-    /// Another descriptor to interrupt by.
-    pub(crate) fn set_call(&mut self, call: Option<Event>) {
-        self.setup.call = call;
-        // What was done while nobody could be told is told now: a spurious interrupt is harmless.
-        self.interrupt();
     }
 
     fn set_state(&mut self, state: QueueState) {
@@ -229,8 +230,9 @@ impl Queue {
     fn book(&self) {
         let stats = &self.setup.stats;
         stats.inflight.store(u64::from(self.inflight), Ordering::Relaxed);
-        stats.avail_idx.store(u64::from(self.ring.next_avail()), Ordering::Relaxed);
-        stats.used_idx.store(u64::from(self.ring.next_used()), Ordering::Relaxed);
+        let (avail, used) = self.ring.positions();
+        stats.avail_idx.store(u64::from(avail), Ordering::Relaxed);
+        stats.used_idx.store(u64::from(used), Ordering::Relaxed);
     }
 
     /// Reaps, writes statuses and used entries, and shows them to the driver.
@@ -242,14 +244,13 @@ impl Queue {
         }
         let count = self.done.len();
         if count == 1 {
-            self.ring.prefetch_used_idx();
+            self.ring.prefetch_publish();
         }
-        let used = self.ring.next_used();
         for position in 0..count {
             let id = self.done[position];
             let (tag, status) = layer.finish(id);
-            let head = tag as u16;
-            let slot = &mut self.slots[usize::from(head)];
+            let name = tag as u16;
+            let slot = &mut self.slots[usize::from(name)];
             slot.pending -= 1;
             if status.is_error() && slot.failed.is_none() {
                 slot.failed = Some(status);
@@ -257,45 +258,54 @@ impl Queue {
             if slot.pending == 0 {
                 let answer = slot.failed.map_or(BlkStatus::OK, |status| status.row().virtio);
                 self.inflight -= 1;
-                self.answer(head, answer);
+                self.answer(name, answer);
             }
         }
         self.done.clear();
-        self.show(used);
+        self.show();
         count
     }
 
-    /// Publishes what was pushed since the used index was `before`.
+    /// Publishes what was pushed.
     #[inline]
-    fn show(&mut self, before: u16) {
-        if self.ring.next_used() == before || self.state == QueueState::Failed {
+    fn show(&mut self) {
+        let count = std::mem::take(&mut self.answered);
+        if count == 0 || self.state == QueueState::Failed {
             return;
         }
-        self.ring.publish();
-        if let Some(region) = &mut self.inflight_region {
-            region.end_batch(self.ring.next_used());
-        }
-        let count = self.ring.next_used().wrapping_sub(before);
+        self.publish();
         // One writer: no locked instruction is needed.
         let requests = &self.setup.stats.requests;
         requests.store(requests.load(Ordering::Relaxed) + u64::from(count), Ordering::Relaxed);
     }
 
+    #[inline]
+    fn publish(&mut self) {
+        self.ring.publish();
+        if let Some(tracker) = &mut self.tracker {
+            tracker.end_batch(&self.ring);
+        }
+    }
+
     /// Writes the status byte and a used entry; nothing if the ring has failed.
     #[inline]
-    fn answer(&mut self, head: u16, status: BlkStatus) {
+    fn answer(&mut self, name: u16, status: BlkStatus) {
         if self.state == QueueState::Failed {
             return;
         }
-        let slot = &self.slots[usize::from(head)];
+        let slot = &self.slots[usize::from(name)];
         let (region, offset) = self.memory.at(slot.status);
         // The place was checked against this table when the request was taken.
         let _ = region.write(offset, &[status.0]);
         let written = if status == BlkStatus::OK { slot.written } else { 1 };
-        if let Some(region) = &mut self.inflight_region {
-            region.add_done(head);
+        self.ring.push_used(Taken { id: name, count: slot.count }, written);
+        self.answered += 1;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.add_done(&self.ring, slot.entry);
+            if R::Tracker::ONE_BY_ONE {
+                self.publish();
+            }
         }
-        self.ring.push_used(head, written);
     }
 
     /// Takes a chunk of requests and submits it. Returns how many were taken.
@@ -312,29 +322,33 @@ impl Queue {
             self.fetch_lone();
         }
         for ahead in 0..count.min(AHEAD) {
-            self.ring.prefetch(self.ring.peek(ahead));
+            self.ring.prefetch(ahead);
         }
-        let used = self.ring.next_used();
-        let mut taken = 0;
-        let mut outcome = Ok(());
-        while taken < count {
-            if taken + AHEAD < count {
-                self.ring.prefetch(self.ring.peek(taken + AHEAD));
-            }
-            let head = self.ring.peek(taken);
-            match self.accept(layer, head, true) {
-                Ok(true) => taken += 1,
-                Ok(false) => break,
-                Err(broken) => {
-                    outcome = Err(broken);
-                    break;
-                }
-            }
-        }
-        self.ring.advance(taken);
+        let (taken, outcome) = self.take_chunk(layer, count);
+        self.ring.rest();
         self.submit(layer, reactor);
-        self.show(used);
-        outcome.map(|()| usize::from(taken))
+        self.show();
+        outcome.map(|()| taken)
+    }
+
+    #[inline]
+    fn take_chunk(&mut self, layer: &mut Layer, count: u16) -> (usize, Result<(), Broken>) {
+        for taken in 0..count {
+            if taken + AHEAD < count {
+                self.ring.prefetch(AHEAD);
+            }
+            let accepted = match self.ring.ready() {
+                Ok(true) => self.accept(layer, None),
+                Ok(false) => Ok(false),
+                Err(broken) => Err(broken),
+            };
+            match accepted {
+                Ok(true) => {}
+                Ok(false) => return (taken.into(), Ok(())),
+                Err(broken) => return (taken.into(), Err(broken)),
+            }
+        }
+        (count.into(), Ok(()))
     }
 
     /// Of a request that came alone, all lines are asked for at once: where the last one's header was is read next, where its status was and
@@ -349,15 +363,14 @@ impl Queue {
     }
 
     fn take_resubmitted(&mut self, layer: &mut Layer, reactor: &mut Reactor) -> Result<usize, Broken> {
-        let used = self.ring.next_used();
-        let heads = std::mem::take(&mut self.resubmit);
+        let left = std::mem::take(&mut self.resubmit);
         let mut taken = 0;
         let mut outcome = Ok(());
-        for (position, head) in heads.iter().enumerate() {
-            match self.accept(layer, *head, false) {
+        for (position, entry) in left.iter().enumerate() {
+            match self.accept(layer, Some(*entry)) {
                 Ok(true) => taken += 1,
                 Ok(false) => {
-                    self.resubmit = heads[position..].to_vec();
+                    self.resubmit = left[position..].to_vec();
                     break;
                 }
                 Err(broken) => {
@@ -367,7 +380,7 @@ impl Queue {
             }
         }
         self.submit(layer, reactor);
-        self.show(used);
+        self.show();
         outcome.map(|()| taken)
     }
 
@@ -380,63 +393,67 @@ impl Queue {
         }
     }
 
-    /// Makes I/Os of one request, or answers it at once. False: no I/O is free, try again later.
+    /// Makes I/Os of one request, or answers it at once: the ring's next, or one that a predecessor left in this entry. False: no I/O is
+    /// free, try again later.
     #[inline]
-    fn accept(&mut self, layer: &mut Layer, head: u16, mark: bool) -> Result<bool, Broken> {
-        if self.slots.get(usize::from(head)).is_some_and(|slot| slot.pending > 0) {
-            return Err(Broken::InFlight { head });
-        }
+    fn accept(&mut self, layer: &mut Layer, left: Option<u16>) -> Result<bool, Broken> {
         let Some(id) = layer.take() else { return Ok(false) };
-        let io = layer.io_mut(id);
-        if let Some(request) = request::parse_usual(&self.ring, &self.memory, head, &mut io.list) {
-            if let Some(op) = usual(&request)
-                && self.fits_blocks(op, &request)
-            {
-                (self.header_at, self.status_at) = (request.header_at.unwrap_or_default(), request.status);
-                let written = prepare::fill(io, op, &request, self.block_shift);
-                io.push(self.completions, u64::from(head));
-                self.slots[usize::from(head)] = Slot { status: request.status, written, pending: 1, failed: None };
-                if mark && let Some(region) = &mut self.inflight_region {
-                    region.mark(head);
-                }
-                self.batch.push(id);
-                self.inflight += 1;
-                return Ok(true);
-            }
-            io.list.clear();
-        }
-        let parsed = request::parse(&self.ring, &self.memory, head, self.setup.indirect, &mut io.list);
-        let request = match parsed {
-            Ok(request) => request,
-            Err(broken) => {
-                layer.give_back(id);
-                return Err(broken);
-            }
+        let list = &mut layer.io_mut(id).list;
+        let found = match (left, &self.tracker) {
+            (Some(entry), Some(tracker)) => self.look(self.ring.left(tracker, entry), list),
+            _ => self.look(self.ring.chain(), list),
         };
-        self.slots[usize::from(head)] = Slot { status: request.status, written: 1, pending: 0, failed: None };
-        if mark && let Some(region) = &mut self.inflight_region {
-            region.mark(head);
+        let accepted = found.map(|(request, taken)| self.accept_found(layer, id, &request, taken, left));
+        if !matches!(accepted, Ok(Accepted::Submitted)) {
+            layer.give_back(id);
         }
-        match self.prepare(layer, id, head, &request) {
-            Ok(()) => {
-                self.inflight += 1;
-                Ok(true)
-            }
-            Err(Refused::Answer(status)) => {
-                layer.give_back(id);
-                self.answer(head, status);
-                Ok(true)
-            }
-            Err(Refused::NoRoom) => {
-                layer.give_back(id);
-                Ok(false)
-            }
+        match accepted? {
+            Accepted::Submitted => self.inflight += 1,
+            Accepted::Answered(name, status) => self.answer(name, status),
+            Accepted::NoRoom => return Ok(false),
         }
+        Ok(true)
+    }
+
+    /// What the chain asks for. A chain that is in flight, or could never be answered, is refused.
+    #[inline]
+    fn look(&self, mut chain: impl Chain, list: &mut SgList) -> Result<(Request, Taken), Broken> {
+        let request = match request::parse_usual(&mut chain, &self.memory, list) {
+            Some(request) => request,
+            None => request::parse(&mut chain, &self.memory, self.setup.indirect, list)?,
+        };
+        let taken = chain.taken();
+        match self.slots.get(usize::from(taken.id)) {
+            Some(slot) if slot.pending == 0 => Ok((request, taken)),
+            _ => Err(chain.refused(taken, self.ring.size())),
+        }
+    }
+
+    #[inline]
+    fn accept_found(&mut self, layer: &mut Layer, id: IoId, request: &Request, taken: Taken, left: Option<u16>) -> Accepted {
+        let name = taken.id;
+        if let Some(header_at) = request.header_at {
+            (self.header_at, self.status_at) = (header_at, request.status);
+        }
+        self.slots[usize::from(name)] =
+            Slot { status: request.status, written: 1, pending: 0, failed: None, count: taken.count, entry: left.unwrap_or(0) };
+        let accepted = match self.prepare(layer, id, name, request) {
+            Ok(()) => Accepted::Submitted,
+            Err(Refused::Answer(status)) => Accepted::Answered(name, status),
+            Err(Refused::NoRoom) => return Accepted::NoRoom,
+        };
+        if left.is_none() {
+            if let Some(tracker) = &mut self.tracker {
+                self.slots[usize::from(name)].entry = tracker.mark(&self.ring, taken);
+            }
+            self.ring.took(taken);
+        }
+        accepted
     }
 
     /// Ends the queue by name. What is in flight is still reaped, and no longer answered.
     #[cold]
-    pub(crate) fn fail(&mut self, broken: Broken) {
+    fn fail(&mut self, broken: Broken) {
         // Zeros where memory was look like any broken rule.
         let broken = if self.vanished() { Broken::MemoryVanished } else { broken };
         // Whoever listens to failures tells of it; a second line would only use up what may be said a second.
@@ -455,7 +472,7 @@ impl Queue {
         }
         let Some(stopped) = self.stopped.take() else { return false };
         self.leave(reactor);
-        let base = self.ring.next_avail();
+        let base = self.ring.base();
         if self.state != QueueState::Failed {
             self.set_state(QueueState::Stopped);
         }
@@ -466,7 +483,27 @@ impl Queue {
     }
 }
 
-impl Poller for QueuePoller {
+impl<R: Kind> Control for Queue<R> {
+    fn stop(&mut self, reactor: &mut Reactor, abort_after_ns: u64, stopped: Stopped) {
+        self.stopped = Some(stopped);
+        if self.state == QueueState::Running {
+            self.set_state(QueueState::Draining);
+        }
+        if let Some(waker) = reactor.waker(self.poller) {
+            waker.wake();
+        }
+        let (layer, completions) = (self.layer.clone(), self.completions);
+        self.abort_timer = Some(reactor.after(abort_after_ns, move |reactor| layer.borrow_mut().abort_queue(reactor, completions)));
+    }
+
+    fn set_call(&mut self, call: Option<Event>) {
+        self.setup.call = call;
+        // What was done while nobody could be told is told now: a spurious interrupt is harmless.
+        self.interrupt();
+    }
+}
+
+impl<R: Kind> Poller for QueuePoller<R> {
     fn poll(&mut self, reactor: &mut Reactor) -> usize {
         let mut queue = self.0.borrow_mut();
         let work = queue.poll(reactor);

@@ -1,15 +1,17 @@
-//! One virtio-blk request out of a chain of descriptors (Virtio 1.2, 2.7.5 and 5.2.6).
+//! One virtio-blk request out of a chain of descriptors of either kind (Virtio 1.2, 2.7.5, 2.8.5 to 2.8.7 and 5.2.6).
 //!
 //! A chain is what the device reads, then what it writes. The first 16 bytes read are the header, the last byte
 //! written is the status; how the rest is cut into buffers is the driver's choice, and nothing is assumed about it.
 //! The usual cut (a header alone, data, a status alone) takes the short way through.
 
-use qpair_memory::{GuestMemory, Place, SgList, Sge, Shared};
+use qpair_memory::{GuestMemory, Place, Region, SgList, Sge, Shared};
 use qpair_wire::virtio::{Desc, DescFlags};
 use qpair_wire::virtio_blk::RequestHeader;
+use qpair_wire::virtio_packed::PackedDesc;
 use zerocopy::FromBytes;
 
-use crate::{Broken, SplitRing};
+use crate::Broken;
+use crate::ring::{Buffer, Chain};
 
 /// Most data segments of a request; SEG_MAX in the configuration is less, so that an honest driver never meets it.
 pub const SEGMENTS_MAX: usize = 1024;
@@ -32,117 +34,118 @@ pub struct Request {
 /// The usual request, by the short way: a header alone, data in one direction and in the likely region, a status alone. None:
 /// it is something else, or wrong; `data` is as it was, and [`parse`] finds out.
 #[inline]
-pub fn parse_usual(ring: &SplitRing, memory: &GuestMemory, head: u16, data: &mut SgList) -> Option<Request> {
-    const READ_MORE: u16 = DescFlags::NEXT.bits();
-    const WRITE_MORE: u16 = DescFlags::NEXT.bits() | DescFlags::WRITE.bits();
-    let first = ring.at(head)?;
-    if first.flags.get() != READ_MORE || first.len.get() != 16 {
+pub fn parse_usual(chain: &mut impl Chain, memory: &GuestMemory, data: &mut SgList) -> Option<Request> {
+    const READ_MORE: DescFlags = DescFlags::NEXT;
+    const WRITE_MORE: DescFlags = DescFlags::NEXT.union(DescFlags::WRITE);
+    const SHAPE: DescFlags = WRITE_MORE.union(DescFlags::INDIRECT);
+    let first = chain.first().ok()?;
+    if first.flags.intersection(SHAPE) != READ_MORE || first.length != 16 {
         return None;
     }
-    let (region, header_at) = memory.likely(first.addr.get(), 16)?;
+    let (region, header_at) = memory.likely(first.address, 16)?;
     let header: [u64; 2] = Shared::<[u64; 2]>::read(region, header_at.offset)?;
-    let second = ring.at(first.next.get())?;
-    let length = second.len.get();
-    let (region, place) = memory.likely(second.addr.get(), u64::from(length))?;
-    let third = ring.at(second.next.get())?;
-    let (_, status) = memory.likely(third.addr.get(), 1)?;
-    if third.flags.get() != DescFlags::WRITE.bits() || third.len.get() != 1 || length == 0 {
-        return None;
-    }
-    let (readable, writable) = match second.flags.get() {
+    let second = chain.next(&first).ok()?;
+    let length = second.length;
+    let (region, place) = memory.likely(second.address, u64::from(length))?;
+    let (readable, writable) = match second.flags.intersection(SHAPE) {
         READ_MORE => (u64::from(length), 0),
         WRITE_MORE => (0, u64::from(length)),
         _ => return None,
     };
+    let third = chain.next(&second).ok()?;
+    let (_, status) = memory.likely(third.address, 1)?;
+    if third.flags.intersection(SHAPE) != DescFlags::WRITE || third.length != 1 || length == 0 {
+        return None;
+    }
     data.push(Sge { region: region.clone(), offset: place.offset, length });
     Some(Request { header: zerocopy::transmute!(header), status, writable, readable, header_at: Some(header_at) })
 }
 
-/// Where descriptors come from: the ring's table, or an indirect one.
-enum Table<'a> {
-    Ring(&'a SplitRing),
-    Indirect { region: &'a qpair_memory::Region, offset: u64, count: u32 },
+/// An indirect table that the walk is in.
+struct Table<'a> {
+    region: &'a Region,
+    offset: u64,
+    count: u32,
+    /// Which is read next where tables are not linked.
+    at: u32,
 }
 
-impl Table<'_> {
-    #[inline]
-    fn get(&self, index: u16) -> Result<Desc, Broken> {
-        match self {
-            Self::Ring(ring) => ring.descriptor(index),
-            Self::Indirect { region, offset, count } => {
-                let mut bytes = [0u8; 16];
-                if u32::from(index) >= *count || region.read(offset + 16 * u64::from(index), &mut bytes).is_err() {
-                    return Err(Broken::BadIndex { index: u32::from(index), size: *count });
-                }
-                Ok(zerocopy::transmute!(bytes))
-            }
+impl<'a> Table<'a> {
+    /// The table that an indirect descriptor, the `index`th of its chain, points to (2.7.5.3, 2.8.7); its WRITE flag means nothing.
+    fn enter(memory: &'a GuestMemory, head: u16, index: u32, first: &Buffer, indirect: bool) -> Result<Self, Broken> {
+        let bad = |reason| Broken::BadIndirect { head, reason };
+        if !indirect {
+            return Err(bad("an indirect descriptor, but INDIRECT_DESC was not negotiated"));
         }
+        if first.flags.contains(DescFlags::NEXT) {
+            return Err(bad("an indirect descriptor has a next one"));
+        }
+        let length = first.length;
+        if length == 0 || !length.is_multiple_of(16) || length / 16 > 32768 {
+            return Err(bad("an indirect table is empty, larger than 32768 entries, or cut off within one"));
+        }
+        let unmapped = |_| Broken::Unmapped { head, index, address: first.address, length: u64::from(length) };
+        let (region, offset) = memory.find(first.address, u64::from(length)).map_err(unmapped)?;
+        Ok(Self { region, offset, count: length / 16, at: 0 })
+    }
+
+    #[inline]
+    fn read(&self, index: u32) -> Result<[u8; 16], Broken> {
+        let mut bytes = [0u8; 16];
+        if index >= self.count || self.region.read(self.offset + 16 * u64::from(index), &mut bytes).is_err() {
+            return Err(Broken::BadIndex { index, size: self.count });
+        }
+        Ok(bytes)
+    }
+
+    #[inline]
+    fn linked(&self, index: u16) -> Result<Buffer, Broken> {
+        let desc: Desc = zerocopy::transmute!(self.read(u32::from(index))?);
+        Ok(Buffer { address: desc.addr.get(), length: desc.len.get(), flags: desc.flags(), next: desc.next.get() })
+    }
+
+    /// From first to last; all flags but WRITE are ignored (2.8.7), except that a table in a table would be a lie.
+    #[inline]
+    fn listed(&mut self) -> Result<Buffer, Broken> {
+        let desc: PackedDesc = zerocopy::transmute!(self.read(self.at)?);
+        self.at += 1;
+        let mut flags = desc.flags().intersection(DescFlags::WRITE.union(DescFlags::INDIRECT));
+        flags.set(DescFlags::NEXT, self.at < self.count);
+        Ok(Buffer { address: desc.addr.get(), length: desc.len.get(), flags, next: 0 })
     }
 }
 
-/// Walks the chain at `head` and fills `data` with what is neither header nor status. `indirect`: was it negotiated?
+/// Walks the chain and fills `data` with what is neither header nor status. `indirect`: was it negotiated?
 #[inline]
-pub fn parse(ring: &SplitRing, memory: &GuestMemory, head: u16, indirect: bool, data: &mut SgList) -> Result<Request, Broken> {
-    let first = ring.descriptor(head)?;
-    let walk = Walk { table: Table::Ring(ring), memory, head, limit: u32::from(ring.size()), indirect };
-    walk.run(first, data)
-}
-
-/// The table that an indirect descriptor, the `index`th of its chain, points to (2.7.5.3); its WRITE flag means nothing.
-fn enter<'a>(memory: &'a GuestMemory, head: u16, index: u32, first: &Desc, indirect: bool) -> Result<Table<'a>, Broken> {
-    let bad = |reason| Broken::BadIndirect { head, reason };
-    if !indirect {
-        return Err(bad("an indirect descriptor, but INDIRECT_DESC was not negotiated"));
-    }
-    if first.flags().contains(DescFlags::NEXT) {
-        return Err(bad("an indirect descriptor has a next one"));
-    }
-    let length = first.len.get();
-    if length == 0 || !length.is_multiple_of(16) || length / 16 > 32768 {
-        return Err(bad("an indirect table is empty, larger than 32768 entries, or cut off within one"));
-    }
-    let address = first.addr.get();
-    let unmapped = |_| Broken::Unmapped { head, index, address, length: u64::from(length) };
-    let (region, offset) = memory.find(address, u64::from(length)).map_err(unmapped)?;
-    Ok(Table::Indirect { region, offset, count: length / 16 })
-}
-
-/// A walk along a chain; `limit` is the most descriptors it can have without running in a circle.
-struct Walk<'a> {
-    table: Table<'a>,
-    memory: &'a GuestMemory,
-    head: u16,
-    limit: u32,
-    indirect: bool,
-}
-
-impl Walk<'_> {
-    #[inline]
-    fn run(mut self, first: Desc, data: &mut SgList) -> Result<Request, Broken> {
-        let (memory, head) = (self.memory, self.head);
-        let mut chain = Chain { head, index: 0, writing: false, readable: 0, writable: 0, header: [0; 16], have: 0, last: None };
-        let mut descriptor = first;
-        loop {
-            if descriptor.flags().contains(DescFlags::INDIRECT) && matches!(self.table, Table::Ring(_)) {
-                // The chain goes on, and ends, in the other table.
-                self.table = enter(memory, head, chain.index, &descriptor, self.indirect)?;
-                self.limit = chain.index + descriptor.len.get() / 16;
-                descriptor = self.table.get(0)?;
-            }
-            chain.add(memory, &descriptor, data)?;
-            if !descriptor.flags().contains(DescFlags::NEXT) {
-                return chain.finish(memory, data);
-            }
-            chain.index += 1;
-            if chain.index >= self.limit || data.len() > SEGMENTS_MAX {
-                return Err(Broken::TooLong { head, limit: self.limit.min(SEGMENTS_MAX as u32) });
-            }
-            descriptor = self.table.get(descriptor.next.get())?;
+pub fn parse<C: Chain>(chain: &mut C, memory: &GuestMemory, indirect: bool, data: &mut SgList) -> Result<Request, Broken> {
+    let (head, mut limit) = (chain.head(), chain.limit());
+    let mut parts = Parts { head, index: 0, writing: false, readable: 0, writable: 0, header: [0; 16], have: 0, last: None };
+    let mut table: Option<Table<'_>> = None;
+    let mut buffer = chain.first()?;
+    loop {
+        if table.is_none() && buffer.flags.contains(DescFlags::INDIRECT) {
+            // The chain goes on, and ends, in the other table.
+            let entered = table.insert(Table::enter(memory, head, parts.index, &buffer, indirect)?);
+            limit = parts.index + entered.count;
+            buffer = if C::LINKED_TABLES { entered.linked(0)? } else { entered.listed()? };
         }
+        parts.add(memory, &buffer, data)?;
+        if !buffer.flags.contains(DescFlags::NEXT) {
+            return parts.finish(memory, data);
+        }
+        parts.index += 1;
+        if parts.index >= limit || data.len() > SEGMENTS_MAX {
+            return Err(Broken::TooLong { head, limit: limit.min(SEGMENTS_MAX as u32) });
+        }
+        buffer = match &mut table {
+            None => chain.next(&buffer)?,
+            Some(table) if C::LINKED_TABLES => table.linked(buffer.next)?,
+            Some(table) => table.listed()?,
+        };
     }
 }
 
-struct Chain {
+struct Parts {
     head: u16,
     index: u32,
     writing: bool,
@@ -154,19 +157,19 @@ struct Chain {
     last: Option<(u64, u32)>,
 }
 
-impl Chain {
+impl Parts {
     #[inline]
-    fn add(&mut self, memory: &GuestMemory, descriptor: &Desc, data: &mut SgList) -> Result<(), Broken> {
-        let (mut address, mut length) = (descriptor.addr.get(), descriptor.len.get());
+    fn add(&mut self, memory: &GuestMemory, buffer: &Buffer, data: &mut SgList) -> Result<(), Broken> {
+        let (mut address, mut length) = (buffer.address, buffer.length);
         let (head, index) = (self.head, self.index);
         if length == 0 {
             return Err(Broken::Empty { head, index });
         }
-        if descriptor.flags().contains(DescFlags::INDIRECT) {
+        if buffer.flags.contains(DescFlags::INDIRECT) {
             return Err(Broken::BadIndirect { head, reason: "an indirect table inside an indirect table" });
         }
         let unmapped = |address, length: u32| Broken::Unmapped { head, index, address, length: u64::from(length) };
-        if descriptor.flags().contains(DescFlags::WRITE) {
+        if buffer.flags.contains(DescFlags::WRITE) {
             // The previous writable buffer was data after all, whole.
             if let Some((address, length)) = self.last.replace((address, length)) {
                 let unmapped = |_| Broken::Unmapped { head, index: index - 1, address, length: u64::from(length) };

@@ -19,8 +19,9 @@ use qpair_memory::{GuestMemory, GuestRegion, Mapping, Region, drop_apart};
 use qpair_reactor::event::Event;
 use qpair_reactor::{Fanout, Reactor};
 use qpair_wire::virtio::{Features, RingSize};
+use qpair_wire::virtio_packed::{PackedBase, PackedSize};
 
-use crate::queue::Queue;
+use crate::queue::{self, Control};
 use crate::{Addresses, Broken, Controller, Inflight, QueueState, QueueStats, Reply, VhostError};
 
 /// Where a memory region comes from.
@@ -104,7 +105,7 @@ pub enum Answer {
     /// Done.
     Done,
     /// GET_VRING_BASE.
-    Base(u16),
+    Base(u32),
     /// GET_INFLIGHT_FD: descriptor and size; the offset is 0.
     Inflight(OwnedFd, u64),
 }
@@ -127,9 +128,11 @@ pub(crate) struct Setup {
     pub(crate) name: String,
     pub(crate) index: u16,
     pub(crate) descriptor: Arc<Descriptor>,
-    pub(crate) size: RingSize,
+    pub(crate) packed: bool,
+    pub(crate) size: u16,
     pub(crate) addresses: Addresses,
-    pub(crate) base: u16,
+    /// None: as a ring that was never used.
+    pub(crate) base: Option<u32>,
     pub(crate) event_idx: bool,
     pub(crate) indirect: bool,
     pub(crate) readonly: bool,
@@ -162,9 +165,9 @@ fn regions(rows: &[MappedRow]) -> Vec<GuestRegion> {
 
 /// What is known of one ring.
 struct Ring {
-    size: Option<RingSize>,
+    size: Option<u16>,
     addresses: Option<Addresses>,
-    base: u16,
+    base: Option<u32>,
     kick: Option<Event>,
     call: Option<Event>,
     err: Option<Event>,
@@ -191,7 +194,7 @@ pub(crate) struct Session {
 
 type Shared = Rc<RefCell<Session>>;
 /// By session and index.
-type Queues = HashMap<(u64, u16), Rc<RefCell<Queue>>>;
+type Queues = HashMap<(u64, u16), Rc<RefCell<dyn Control>>>;
 
 /// The sessions at home on a reactor, and the rings running on it.
 #[derive(Default)]
@@ -205,7 +208,7 @@ pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, 
     let ring = |stats| Ring {
         size: None,
         addresses: None,
-        base: 0,
+        base: None,
         kick: None,
         call: None,
         err: None,
@@ -271,7 +274,7 @@ fn stop(reactor: &mut Reactor, session: &Shared, concerned: Vec<u16>, then: impl
         for (index, base) in found.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             let mut state = session.borrow_mut();
             let ring = &mut state.rings[usize::from(index)];
-            (ring.base, ring.running) = (base, false);
+            (ring.base, ring.running) = (Some(base), false);
         }
         then(reactor);
     });
@@ -320,7 +323,7 @@ fn start(reactor: &mut Reactor, session: &Shared, then: impl FnOnce(&mut Reactor
     for setup in ready {
         let (part, outcomes, index) = (fanout.part(), outcomes.clone(), setup.index);
         session.borrow().controller.reactor_of(index).call(move |reactor| {
-            let outcome = Queue::start(reactor, setup);
+            let outcome = queue::start(reactor, setup);
             let outcome = outcome.map(|queue| {
                 reactor.local::<Here>().queues.borrow_mut().insert((id, index), queue);
             });
@@ -391,19 +394,23 @@ impl Session {
             Command::SetProtocolFeatures(_) => {}
             Command::SetMemTable(rows) => self.set_memory(rows)?,
             Command::SetVringNum { queue, size } => {
-                let size = RingSize::new(size).ok_or_else(|| VhostError::invalid("vring num", size, "a power of two from 1 to 32768"))?;
+                let size = self.legal_size(size)?;
                 self.ring(queue)?.size = Some(size);
             }
             Command::SetVringAddr { queue, addresses } => self.ring(queue)?.addresses = Some(addresses),
             Command::SetVringBase { queue, base } => {
-                let base = u16::try_from(base).map_err(|_| VhostError::invalid("vring base", base, "below 65536"))?;
-                self.ring(queue)?.base = base;
+                if !self.packed() && base > u32::from(u16::MAX) {
+                    return Err(VhostError::invalid("vring base", base, "below 65536"));
+                }
+                self.ring(queue)?.base = Some(base);
             }
             Command::GetVringBase { queue } => {
+                let packed = self.packed();
                 let ring = self.ring(queue)?;
                 (ring.started, ring.failed, ring.kick) = (false, false, None);
                 ring.stats.set_state(QueueState::Stopped);
-                return Ok(Answer::Base(ring.base));
+                let unused = if packed { PackedBase::START.bits() } else { 0 };
+                return Ok(Answer::Base(ring.base.unwrap_or(unused)));
             }
             Command::SetVringKick { queue, kick } => {
                 let ring = self.ring(queue)?;
@@ -413,11 +420,11 @@ impl Session {
             Command::SetVringErr { queue, err } => self.ring(queue)?.err = err,
             Command::SetVringEnable { queue, enabled } => self.ring(queue)?.enabled = Some(enabled),
             Command::GetInflight { num_queues, queue_size } => {
-                let (_, fd, size) = Inflight::create(num_queues, queue_size)?;
+                let (_, fd, size) = Inflight::create(num_queues, queue_size, self.packed())?;
                 return Ok(Answer::Inflight(fd, size));
             }
             Command::SetInflight { fd, size, offset, num_queues, queue_size } => {
-                let adopted = Inflight::adopt(&fd, size, offset, num_queues, queue_size);
+                let adopted = Inflight::adopt(&fd, size, offset, num_queues, queue_size, self.packed());
                 if adopted.is_err() {
                     drop_apart(fd);
                 }
@@ -431,6 +438,18 @@ impl Session {
             }
         }
         Ok(Answer::Done)
+    }
+
+    fn packed(&self) -> bool {
+        self.features & Features::RING_PACKED.bits() != 0
+    }
+
+    fn legal_size(&self, size: u32) -> Result<u16, VhostError> {
+        let (legal, limit) = match self.packed() {
+            true => (PackedSize::new(size).map(PackedSize::get), "1 to 32768"),
+            false => (RingSize::new(size).map(RingSize::get), "a power of two from 1 to 32768"),
+        };
+        legal.ok_or_else(|| VhostError::invalid("vring num", size, limit))
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), VhostError> {
@@ -497,7 +516,7 @@ impl Session {
         self.features = 0;
         self.inflight = None;
         for ring in &mut self.rings {
-            (ring.size, ring.addresses, ring.base) = (None, None, 0);
+            (ring.size, ring.addresses, ring.base) = (None, None, None);
             (ring.kick, ring.call, ring.err) = (None, None, None);
             (ring.started, ring.enabled, ring.failed) = (false, None, false);
             ring.stats.set_state(QueueState::Stopped);
@@ -506,6 +525,7 @@ impl Session {
 
     /// What it takes to start the rings that should run and do not.
     fn setups(&mut self) -> Result<Vec<Setup>, VhostError> {
+        let packed = self.packed();
         let Some(rows) = &self.rows else { return Ok(Vec::new()) };
         // Without protocol features there is no message to enable a ring: it is enabled from the start.
         let from_start = self.features & Features::PROTOCOL_FEATURES.bits() == 0;
@@ -520,6 +540,7 @@ impl Session {
                 name: self.controller.name().to_owned(),
                 index: index as u16,
                 descriptor: self.controller.descriptor().clone(),
+                packed,
                 size,
                 addresses,
                 base: ring.base,
@@ -531,7 +552,7 @@ impl Session {
                 call: twin(&ring.call)?,
                 err: twin(&ring.err)?,
                 // Firmware may make a ring larger than its machine said when it had the region made: it runs untracked.
-                inflight: self.inflight.clone().filter(|region| region.queue_size() >= size.get()),
+                inflight: self.inflight.clone().filter(|region| region.queue_size() >= size),
                 stats: ring.stats.clone(),
                 failed: self.failed.clone(),
             });

@@ -12,18 +12,10 @@ use qpair_wire::virtio::{
     AVAIL_FLAGS_OFFSET, AVAIL_IDX_OFFSET, AvailFlags, Desc, RingSize, USED_FLAGS_OFFSET, USED_IDX_OFFSET, UsedFlags, need_event,
 };
 
-use crate::Broken;
-
-/// Where the three areas lie, as front-end addresses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Addresses {
-    /// Descriptor table.
-    pub desc: u64,
-    /// Avail ring.
-    pub avail: u64,
-    /// Used ring.
-    pub used: u64,
-}
+use crate::inflight::{Inflight, SplitTracker};
+use crate::ring::{Buffer, Chain, Kind, Ring, Taken};
+use crate::session::Setup;
+use crate::{Addresses, Broken, VhostError};
 
 /// How far the avail event may fall behind before it is moved along, so that it never seems to lie ahead.
 const EVENT_STALE: u16 = 0x4000;
@@ -84,24 +76,69 @@ impl SplitRing {
         })
     }
 
-    /// Entries.
-    pub fn size(&self) -> u16 {
-        self.size.get()
-    }
-
-    /// The next avail index to take: what GET_VRING_BASE answers.
-    pub fn next_avail(&self) -> u16 {
-        self.next_avail
-    }
-
     /// The used index as published.
-    pub fn next_used(&self) -> u16 {
+    pub(crate) fn next_used(&self) -> u16 {
         self.next_used
     }
 
-    /// How many requests wait; more than the ring holds is a broken driver.
+    /// The head that is `ahead` of the next one, without taking it. Only within what [`waiting`](Ring::waiting) said.
     #[inline]
-    pub fn waiting(&self) -> Result<u16, Broken> {
+    fn peek(&self, ahead: u16) -> u16 {
+        u16::from_le(self.avail_ring.load(usize::from(self.size.slot(self.next_avail.wrapping_add(ahead)))))
+    }
+
+    /// The chain at any head.
+    #[inline]
+    pub fn chain_at(&self, head: u16) -> SplitChain<'_> {
+        SplitChain { ring: self, head }
+    }
+
+    /// Descriptor `index` of the table, copied.
+    #[inline]
+    fn buffer(&self, index: u16) -> Result<Buffer, Broken> {
+        if index >= self.size.get() {
+            return Err(Broken::BadIndex { index: u32::from(index), size: u32::from(self.size.get()) });
+        }
+        let desc: Desc = zerocopy::transmute!(self.desc.load(usize::from(index)));
+        Ok(Buffer { address: desc.addr.get(), length: desc.len.get(), flags: desc.flags(), next: desc.next.get() })
+    }
+
+    fn write_event(&mut self, index: u16) {
+        self.event_written = index;
+        if let Some(event) = &self.avail_event {
+            event.store(index, Ordering::Relaxed);
+        }
+    }
+
+    /// A predecessor took `inflight` requests beyond what is used: the next avail index follows from the ring itself.
+    fn resume_after(&mut self, inflight: u16) {
+        self.next_avail = self.next_used.wrapping_add(inflight);
+        self.event_written = self.next_avail;
+        // The predecessor may have died before it interrupted.
+        self.signalled = self.next_used.wrapping_sub(1);
+    }
+}
+
+impl Ring for SplitRing {
+    type Chain<'a> = SplitChain<'a>;
+
+    #[inline]
+    fn size(&self) -> u16 {
+        self.size.get()
+    }
+
+    /// The next avail index to take.
+    fn base(&self) -> u32 {
+        self.next_avail.into()
+    }
+
+    fn positions(&self) -> (u16, u16) {
+        (self.next_avail, self.next_used)
+    }
+
+    /// More than the ring holds is a broken driver.
+    #[inline]
+    fn waiting(&self) -> Result<u16, Broken> {
         let index = self.avail_idx.load(Ordering::Acquire);
         let ahead = index.wrapping_sub(self.next_avail);
         if ahead > self.size.get() {
@@ -110,70 +147,56 @@ impl SplitRing {
         Ok(ahead)
     }
 
-    /// The head that is `ahead` of the next one, without taking it. Only within what [`waiting`](Self::waiting) said.
     #[inline]
-    pub fn peek(&self, ahead: u16) -> u16 {
-        u16::from_le(self.avail_ring.load(usize::from(self.size.slot(self.next_avail.wrapping_add(ahead)))))
+    fn ready(&self) -> Result<bool, Broken> {
+        Ok(true)
     }
 
-    /// Brings the used entry that will be written next nearer.
     #[inline]
-    pub(crate) fn prefetch_used(&self) {
-        self.used_ring.prefetch_write(usize::from(self.size.slot(self.next_used)));
+    fn chain(&self) -> SplitChain<'_> {
+        self.chain_at(self.peek(0))
     }
 
-    /// Takes the used index's line from the driver that looks at it, shortly before [`publish`](Self::publish): the store then waits less.
     #[inline]
-    pub(crate) fn prefetch_used_idx(&self) {
-        self.used_idx.prefetch_write();
+    fn prefetch(&self, ahead: u16) {
+        self.desc.prefetch(usize::from(self.peek(ahead)));
     }
 
-    /// Takes `count` entries that were peeked at.
     #[inline]
-    pub fn advance(&mut self, count: u16) {
-        self.next_avail = self.next_avail.wrapping_add(count);
+    fn took(&mut self, _: Taken) {
+        self.next_avail = self.next_avail.wrapping_add(1);
+    }
+
+    #[inline]
+    fn rest(&mut self) {
         if self.event_idx && self.next_avail.wrapping_sub(self.event_written) > EVENT_STALE {
             self.write_event(self.next_avail.wrapping_sub(1));
         }
     }
 
-    /// Descriptor `index` of the table, copied.
     #[inline]
-    pub fn descriptor(&self, index: u16) -> Result<Desc, Broken> {
-        if index >= self.size.get() {
-            return Err(Broken::BadIndex { index: u32::from(index), size: u32::from(self.size.get()) });
-        }
-        Ok(zerocopy::transmute!(self.desc.load(usize::from(index))))
+    fn prefetch_used(&self) {
+        self.used_ring.prefetch_write(usize::from(self.size.slot(self.next_used)));
     }
 
-    /// As [`descriptor`](Self::descriptor), for those who have another way when there is none.
     #[inline]
-    pub(crate) fn at(&self, index: u16) -> Option<Desc> {
-        (index < self.size.get()).then(|| zerocopy::transmute!(self.desc.load(usize::from(index))))
+    fn prefetch_publish(&self) {
+        self.used_idx.prefetch_write();
     }
 
-    /// Brings a descriptor nearer.
     #[inline]
-    pub fn prefetch(&self, index: u16) {
-        self.desc.prefetch(usize::from(index));
-    }
-
-    /// Adds a used entry; seen by the driver after [`publish`](Self::publish).
-    #[inline]
-    pub fn push_used(&mut self, head: u16, written: u32) {
-        self.used_ring.store(usize::from(self.size.slot(self.next_used)), [u32::from(head).to_le(), written.to_le()]);
+    fn push_used(&mut self, taken: Taken, written: u32) {
+        self.used_ring.store(usize::from(self.size.slot(self.next_used)), [u32::from(taken.id).to_le(), written.to_le()]);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Shows the used entries to the driver.
     #[inline]
-    pub fn publish(&mut self) {
+    fn publish(&mut self) {
         self.used_idx.store(self.next_used, Ordering::Release);
     }
 
-    /// After publishing: does the driver want an interrupt?
     #[inline]
-    pub fn wants_interrupt(&mut self) -> bool {
+    fn wants_interrupt(&mut self) -> bool {
         fence(Ordering::SeqCst);
         let (old, new) = (self.signalled, self.next_used);
         self.signalled = new;
@@ -186,8 +209,7 @@ impl SplitRing {
         }
     }
 
-    /// Asks for a kick at the next request and looks once more. True: nothing had come.
-    pub fn arm(&mut self) -> bool {
+    fn arm(&mut self) -> bool {
         if self.event_idx {
             self.write_event(self.next_avail);
         } else {
@@ -197,39 +219,90 @@ impl SplitRing {
         self.avail_idx.load(Ordering::Acquire) == self.next_avail
     }
 
-    /// Kicks are not needed.
-    pub fn disarm(&mut self) {
+    fn disarm(&mut self) {
         if self.event_idx {
             self.write_event(self.next_avail.wrapping_sub(1));
         } else {
             self.used_flags.store(UsedFlags::NO_NOTIFY.bits(), Ordering::Relaxed);
         }
     }
+}
 
-    fn write_event(&mut self, index: u16) {
-        self.event_written = index;
-        if let Some(event) = &self.avail_event {
-            event.store(index, Ordering::Relaxed);
-        }
+/// The chain at a head of the descriptor table.
+pub struct SplitChain<'a> {
+    ring: &'a SplitRing,
+    head: u16,
+}
+
+impl Chain for SplitChain<'_> {
+    const LINKED_TABLES: bool = true;
+
+    #[inline]
+    fn head(&self) -> u16 {
+        self.head
     }
 
-    /// A predecessor took `inflight` requests beyond what is used: the next avail index follows from the ring itself.
-    pub(crate) fn resume_after(&mut self, inflight: u16) {
-        self.next_avail = self.next_used.wrapping_add(inflight);
-        self.event_written = self.next_avail;
-        // The predecessor may have died before it interrupted.
-        self.signalled = self.next_used.wrapping_sub(1);
+    #[inline]
+    fn limit(&self) -> u32 {
+        self.ring.size.get().into()
+    }
+
+    #[inline]
+    fn first(&mut self) -> Result<Buffer, Broken> {
+        self.ring.buffer(self.head)
+    }
+
+    #[inline]
+    fn next(&mut self, after: &Buffer) -> Result<Buffer, Broken> {
+        self.ring.buffer(after.next)
+    }
+
+    #[inline]
+    fn taken(&self) -> Taken {
+        Taken { id: self.head, count: 1 }
+    }
+
+    /// A chain outside the table has no first buffer, so that leaves one reason.
+    #[cold]
+    fn refused(&self, _: Taken, _: u16) -> Broken {
+        Broken::InFlight { head: self.head }
     }
 }
 
-fn area(memory: &GuestMemory, address: u64, length: u64, alignment: u64) -> Result<(&qpair_memory::Region, u64), MemoryError> {
+impl Kind for SplitRing {
+    type Tracker = SplitTracker;
+    type Left<'a> = SplitChain<'a>;
+
+    fn open(memory: &GuestMemory, setup: &Setup) -> Result<Self, VhostError> {
+        let size = RingSize::new(u32::from(setup.size));
+        let size = size.ok_or_else(|| VhostError::invalid("vring num", setup.size, "a power of two from 1 to 32768"))?;
+        let base = setup.base.unwrap_or(0);
+        let base = u16::try_from(base).map_err(|_| VhostError::invalid("vring base", base, "below 65536"))?;
+        Ok(Self::new(memory, size, setup.addresses, base, setup.event_idx)?)
+    }
+
+    fn track(&mut self, region: &Inflight, index: u16) -> Result<(SplitTracker, Vec<u16>), Broken> {
+        let mut tracker = region.queue(index, self.size.get())?;
+        let found = tracker.recover(self.next_used)?;
+        if found.used_before {
+            self.resume_after(found.heads.len() as u16);
+        }
+        Ok((tracker, found.heads))
+    }
+
+    fn left<'a>(&'a self, _: &'a SplitTracker, head: u16) -> SplitChain<'a> {
+        self.chain_at(head)
+    }
+}
+
+pub(crate) fn area(memory: &GuestMemory, address: u64, length: u64, alignment: u64) -> Result<(&qpair_memory::Region, u64), MemoryError> {
     if !address.is_multiple_of(alignment) {
         return Err(MemoryError::Misaligned { address, alignment });
     }
     memory.find_user(address, length)
 }
 
-fn refuse_overlap(areas: &[(u64, u64); 3]) -> Result<(), MemoryError> {
+pub(crate) fn refuse_overlap(areas: &[(u64, u64); 3]) -> Result<(), MemoryError> {
     for (index, (start, length)) in areas.iter().enumerate() {
         for (other, other_length) in &areas[index + 1..] {
             if start < &(other + other_length) && other < &(start + length) {

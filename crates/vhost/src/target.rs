@@ -22,6 +22,7 @@ pub struct Controller {
     descriptor: Arc<Descriptor>,
     info: Arc<Info>,
     readonly: bool,
+    packed_ring: bool,
     num_queues: u32,
     reactors: Vec<Handle>,
     drain_ns: AtomicU64,
@@ -48,7 +49,7 @@ impl Controller {
 
     /// Feature bits offered.
     pub fn features(&self) -> u64 {
-        config::features(&self.bdev_info(), self.readonly)
+        config::features(&self.bdev_info(), self.readonly, self.packed_ring)
     }
 
     /// Queues are spread over the controller's reactors in turn.
@@ -58,6 +59,23 @@ impl Controller {
 
     pub(crate) fn drain_ns(&self) -> u64 {
         self.drain_ns.load(Ordering::Relaxed)
+    }
+}
+
+/// How a controller is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Guests may not write.
+    pub readonly: bool,
+    /// Packed rings are offered beside split ones.
+    pub packed_ring: bool,
+    /// Most queues of a session.
+    pub num_queues: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { readonly: false, packed_ring: false, num_queues: 1 }
     }
 }
 
@@ -135,7 +153,8 @@ impl Target {
     }
 
     /// Makes a controller. Its queues run on `reactors` in turn; the first is home to its sessions.
-    pub fn create(&self, name: &str, bdev: &str, reactors: Vec<Handle>, readonly: bool, num_queues: u32) -> Result<(), VhostError> {
+    pub fn create(&self, name: &str, bdev: &str, reactors: Vec<Handle>, options: Options) -> Result<(), VhostError> {
+        let Options { readonly, packed_ring, num_queues } = options;
         if num_queues == 0 || num_queues > QUEUES_MAX {
             return Err(VhostError::invalid("num_queues", num_queues, format!("1 to {QUEUES_MAX}")));
         }
@@ -153,6 +172,7 @@ impl Target {
             descriptor: Arc::new(descriptor),
             info,
             readonly,
+            packed_ring,
             num_queues,
             reactors,
             drain_ns: AtomicU64::new(DRAIN_NS),

@@ -6,15 +6,14 @@ use std::alloc::System;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use guest::{Ask, Driver};
+use guest::{Ask, Driver, Kind};
 use qpair_bdev::malloc::Malloc;
 use qpair_bdev::null::Null;
 use qpair_bdev::{Device, Registry};
 use qpair_memory::Mapping;
 use qpair_reactor::driver::{self, Choice};
 use qpair_reactor::{Clock, Config, Reactor, ReactorId};
-use qpair_vhost::{Command, Source, Target};
-use qpair_wire::virtio::RingSize;
+use qpair_vhost::{Command, Options, Source, Target};
 use qpair_wire::virtio_blk::RequestType;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -62,23 +61,22 @@ fn rounds(reactor: &mut Reactor, driver: &mut Driver, asks: &[Ask], count: u32) 
 }
 
 /// Allocations while a warm ring answers many requests.
-fn measure(device: Arc<dyn Device>, inflight: bool) -> usize {
+fn measure(kind: Kind, device: Arc<dyn Device>, inflight: bool) -> usize {
     let mut reactor =
         Reactor::new(ReactorId(0), Config { spin_ns: 0, busy_poll: true }, Clock::Monotonic, driver::open(Choice::Epoll).unwrap());
     let registry = Registry::new(vec![reactor.handle()]);
     registry.register(device).unwrap();
     let target = Target::new(registry, |failure| panic!("{failure:?}"));
-    target.create("vd", "disk", vec![reactor.handle()], false, 1).unwrap();
+    target.create("vd", "disk", vec![reactor.handle()], Options { packed_ring: true, ..Options::default() }).unwrap();
     let session = target.open("vd").unwrap();
-    let size = RingSize::new(1024).unwrap();
-    let bytes = Driver::bytes(size, DEPTH);
+    let bytes = Driver::bytes(1024, DEPTH);
     let memory = Mapping::memfd("guest", bytes as usize).unwrap();
-    let mut driver = Driver::new(&memory, 0, size, DEPTH, true, 0);
+    let mut driver = Driver::new(kind, &memory, 0, 1024, DEPTH, true, kind.start());
     let mut say = |what| command(&target, &mut reactor, session, what);
-    say(Command::SetFeatures(1 << 32 | 1 << 29 | 1 << 28));
+    say(Command::SetFeatures(1 << 32 | 1 << 29 | 1 << 28 | kind.feature()));
     say(Command::SetMemTable(vec![guest::row(Source::Mapping(memory.clone()), bytes)]));
     if inflight {
-        let (_, fd, size) = qpair_vhost::Inflight::create(1, 1024).unwrap();
+        let (_, fd, size) = qpair_vhost::Inflight::create(1, 1024, kind == Kind::Packed).unwrap();
         say(Command::SetInflight { fd, size, offset: 0, num_queues: 1, queue_size: 1024 });
     }
     say(Command::SetVringNum { queue: 0, size: 1024 });
@@ -99,8 +97,8 @@ fn a_running_ring_allocates_nothing() {
     let region = Region::new(ALLOCATOR);
     drop(std::hint::black_box(vec![0u8; 100]));
     assert_eq!(region.change().allocations, 1, "the counter counts");
-    for inflight in [false, true] {
-        assert_eq!(measure(Arc::new(Null::new("disk", 512, 1 << 20, None, 512)), inflight), 0, "null");
-        assert_eq!(measure(Arc::new(Malloc::new("disk", 512, 1 << 16, None, 512, 0).unwrap()), inflight), 0, "malloc");
+    for (kind, inflight) in Kind::BOTH.iter().flat_map(|kind| [(*kind, false), (*kind, true)]) {
+        assert_eq!(measure(kind, Arc::new(Null::new("disk", 512, 1 << 20, None, 512)), inflight), 0, "{kind:?}, null");
+        assert_eq!(measure(kind, Arc::new(Malloc::new("disk", 512, 1 << 16, None, 512, 0).unwrap()), inflight), 0, "{kind:?}, malloc");
     }
 }

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use qpair_memory::{GuestMemory, GuestRegion, Mapping, Pages, Region, SgList};
 use qpair_vhost::request;
+use qpair_vhost::ring::Ring;
 use qpair_vhost::{Addresses, Broken, SplitRing};
 use qpair_wire::virtio::RingSize;
 use virtio_queue::desc::RawDescriptor;
@@ -75,7 +76,7 @@ proptest! {
         let reads = flat(theirs.iter().filter(|buffer| !buffer.2).map(|buffer| (buffer.0, buffer.1)));
         let writes = flat(theirs.iter().filter(|buffer| buffer.2).map(|buffer| (buffer.0, buffer.1)));
         let mut data = SgList::new();
-        match request::parse(&ours, &memory, ours.peek(0), true, &mut data) {
+        match request::parse(&mut ours.chain(), &memory, true, &mut data) {
             Ok(request) => {
                 let header: Vec<u8> = reads[..16].iter().map(|at| content[*at as usize]).collect();
                 prop_assert_eq!(request.header.as_bytes(), header);

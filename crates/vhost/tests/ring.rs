@@ -4,10 +4,11 @@ mod guest;
 
 use std::sync::Arc;
 
-use guest::{Ask, Driver, GUEST, USER};
+use guest::{Ask, Driver, GUEST, Kind, USER};
 use proptest::prelude::*;
 use qpair_memory::{GuestMemory, GuestRegion, Mapping, MemoryError, Pages, Region, SgList};
 use qpair_vhost::request::{self, Request, SEGMENTS_MAX};
+use qpair_vhost::ring::{Ring, Taken};
 use qpair_vhost::{Addresses, Broken, SplitRing};
 use qpair_wire::virtio::{Desc, DescFlags, RingSize};
 use qpair_wire::virtio_blk::RequestType;
@@ -33,24 +34,25 @@ struct Bench {
 
 impl Bench {
     fn new(size: u32, event_idx: bool, base: u16) -> Self {
+        let entries = size as u16;
         let size = RingSize::new(size).unwrap();
-        let mapping = Mapping::anonymous((Driver::bytes(size, 8) + BYTES) as usize, Pages::Normal).unwrap();
+        let mapping = Mapping::anonymous((Driver::bytes(entries, 8) + BYTES) as usize, Pages::Normal).unwrap();
         let memory = table(&mapping);
-        let driver = Driver::new(&mapping, 0, size, 8, event_idx, base);
+        let driver = Driver::new(Kind::Split, &mapping, 0, entries, 8, event_idx, base.into());
         let ring = SplitRing::new(&memory, size, driver.addresses(), base, event_idx).unwrap();
         Self { memory, driver, ring }
     }
 
     fn parse(&self, head: u16) -> Result<(Request, SgList), Broken> {
         let mut data = SgList::new();
-        request::parse(&self.ring, &self.memory, head, true, &mut data).map(|request| (request, data))
+        request::parse(&mut self.ring.chain_at(head), &self.memory, true, &mut data).map(|request| (request, data))
     }
 
     /// The chain at 0 made of these descriptors, in order.
     fn chain(&self, chain: &[(u64, u32, DescFlags)]) -> Result<(Request, SgList), Broken> {
         for (index, (address, length, flags)) in chain.iter().enumerate() {
             let more = if index + 1 < chain.len() { NEXT } else { NONE };
-            self.driver.store_descriptor(index as u16, Desc::new(*address, *length, *flags | more, index as u16 + 1));
+            self.driver.as_split().store_descriptor(index as u16, Desc::new(*address, *length, *flags | more, index as u16 + 1));
         }
         self.parse(0)
     }
@@ -80,15 +82,15 @@ fn bad_indirect(reason: &'static str) -> Broken {
 #[test]
 fn a_chain_that_runs_in_a_circle_is_refused() {
     let bench = bench();
-    bench.driver.store_descriptor(0, Desc::new(bench.at(), 16, NEXT, 1));
-    bench.driver.store_descriptor(1, Desc::new(bench.at(), 16, NEXT, 0));
+    bench.driver.as_split().store_descriptor(0, Desc::new(bench.at(), 16, NEXT, 1));
+    bench.driver.as_split().store_descriptor(1, Desc::new(bench.at(), 16, NEXT, 0));
     assert_eq!(bench.parse(0).unwrap_err(), Broken::TooLong { head: 0, limit: 16 });
-    bench.driver.store_descriptor(3, Desc::new(bench.at(), 16, NEXT, 3));
+    bench.driver.as_split().store_descriptor(3, Desc::new(bench.at(), 16, NEXT, 3));
     assert_eq!(bench.parse(3).unwrap_err(), Broken::TooLong { head: 3, limit: 16 });
     let circle = [Desc::new(bench.at(), 16, NEXT, 0), Desc::new(bench.at(), 16, NEXT, 0)];
     assert_eq!(bench.indirect(&circle, 32).unwrap_err(), Broken::TooLong { head: 0, limit: 2 });
     let big = Bench::new(32768, false, 0);
-    big.driver.store_descriptor(0, Desc::new(big.at(), 16, NEXT, 0));
+    big.driver.as_split().store_descriptor(0, Desc::new(big.at(), 16, NEXT, 0));
     assert_eq!(big.parse(0).unwrap_err(), Broken::TooLong { head: 0, limit: SEGMENTS_MAX as u32 });
 }
 
@@ -96,7 +98,7 @@ fn a_chain_that_runs_in_a_circle_is_refused() {
 fn a_descriptor_outside_the_table_is_refused() {
     let bench = bench();
     assert_eq!(bench.parse(16).unwrap_err(), Broken::BadIndex { index: 16, size: 16 });
-    bench.driver.store_descriptor(0, Desc::new(bench.at(), 16, NEXT, 65535));
+    bench.driver.as_split().store_descriptor(0, Desc::new(bench.at(), 16, NEXT, 65535));
     assert_eq!(bench.parse(0).unwrap_err(), Broken::BadIndex { index: 65535, size: 16 });
     let beyond = [Desc::new(bench.at(), 16, NEXT, 2), Desc::new(bench.at(), 1, WRITE, 0)];
     assert_eq!(bench.indirect(&beyond, 32).unwrap_err(), Broken::BadIndex { index: 2, size: 2 });
@@ -145,13 +147,13 @@ fn an_indirect_table_keeps_the_rules() {
         let reason = "an indirect table is empty, larger than 32768 entries, or cut off within one";
         assert_eq!(bench.indirect(&[header, status], length).unwrap_err(), bad_indirect(reason));
     }
-    bench.driver.store_descriptor(0, Desc::new(at, 32, INDIRECT | NEXT, 1));
+    bench.driver.as_split().store_descriptor(0, Desc::new(at, 32, INDIRECT | NEXT, 1));
     assert_eq!(bench.parse(0).unwrap_err(), bad_indirect("an indirect descriptor has a next one"));
     let inner = [header, Desc::new(at, 32, INDIRECT, 0)];
     assert_eq!(bench.indirect(&inner, 32).unwrap_err(), bad_indirect("an indirect table inside an indirect table"));
     let far = bench.chain(&[(u64::MAX - 15, 32, INDIRECT)]).unwrap_err();
     assert_eq!(far, Broken::Unmapped { head: 0, index: 0, address: u64::MAX - 15, length: 32 });
-    let refused = request::parse(&bench.ring, &bench.memory, 0, false, &mut SgList::new()).unwrap_err();
+    let refused = request::parse(&mut bench.ring.chain_at(0), &bench.memory, false, &mut SgList::new()).unwrap_err();
     assert_eq!(refused, bad_indirect("an indirect descriptor, but INDIRECT_DESC was not negotiated"));
 }
 
@@ -189,12 +191,12 @@ fn an_avail_index_that_jumps_is_refused_and_one_that_wraps_is_not() {
         for next in [0, 1, 32768, 65535] {
             let mut bench = Bench::new(u32::from(size), false, next);
             for ahead in [0, 1, size] {
-                bench.driver.publish_index(next.wrapping_add(ahead));
+                bench.driver.split().publish_index(next.wrapping_add(ahead));
                 assert_eq!(bench.ring.waiting(), Ok(ahead), "ring of {size} at {next}");
             }
             for ahead in [size + 1, 65535] {
                 let index = next.wrapping_add(ahead);
-                bench.driver.publish_index(index);
+                bench.driver.split().publish_index(index);
                 assert_eq!(bench.ring.waiting(), Err(Broken::AvailJumped { index, next, ahead, size }));
             }
         }
@@ -244,11 +246,12 @@ fn event_indices_lose_no_kick_and_send_none_over_three_rounds_of_65536() {
             if armed {
                 assert!(bench.ring.arm());
             }
-            bench.driver.push(0);
+            bench.driver.split().push(0);
             let kick = bench.driver.publish();
             assert_eq!(kick, armed, "request {round}");
             assert_eq!(bench.ring.waiting(), Ok(1));
-            bench.ring.advance(1);
+            bench.ring.took(Taken { id: 0, count: 1 });
+            bench.ring.rest();
             if armed {
                 bench.ring.disarm();
             }
@@ -263,27 +266,28 @@ fn interrupts_come_once_for_what_the_driver_waits_for() {
         assert!(!bench.ring.wants_interrupt(), "nothing was answered");
         assert!(bench.driver.want_interrupts(true));
         for _ in 0..3 {
-            bench.ring.push_used(0, 1);
+            bench.ring.push_used(Taken { id: 0, count: 1 }, 1);
         }
         bench.ring.publish();
         assert!(bench.ring.wants_interrupt(), "the first of three was waited for");
         assert!(!bench.ring.wants_interrupt());
-        bench.ring.push_used(0, 1);
+        bench.ring.push_used(Taken { id: 0, count: 1 }, 1);
         bench.ring.publish();
         assert!(!bench.ring.wants_interrupt(), "the driver did not ask again");
-        bench.driver.last_used = bench.driver.used_index();
+        let seen = bench.driver.as_split().used_index();
+        bench.driver.split().last_used = seen;
         assert!(bench.driver.want_interrupts(true));
-        bench.ring.push_used(0, 1);
+        bench.ring.push_used(Taken { id: 0, count: 1 }, 1);
         bench.ring.publish();
         assert!(bench.ring.wants_interrupt());
     }
     let mut bench = Bench::new(8, false, 0);
-    bench.ring.push_used(0, 1);
+    bench.ring.push_used(Taken { id: 0, count: 1 }, 1);
     bench.ring.publish();
     assert!(bench.ring.wants_interrupt());
     assert!(!bench.ring.wants_interrupt(), "no news, no interrupt");
     bench.driver.want_interrupts(false);
-    bench.ring.push_used(0, 1);
+    bench.ring.push_used(Taken { id: 0, count: 1 }, 1);
     bench.ring.publish();
     assert!(!bench.ring.wants_interrupt());
 }
@@ -327,7 +331,7 @@ proptest! {
             let (length, flags, next) = if near & 2 != 0 { (length % 9000, flags & 7, next % 18) } else { (*length, *flags, *next) };
             let desc = Desc::new(address, length, DescFlags::from_bits_retain(flags), next);
             if index < 16 {
-                bench.driver.store_descriptor(index as u16, desc);
+                bench.driver.as_split().store_descriptor(index as u16, desc);
             } else {
                 bench.driver.region.write(bench.driver.data_at(0) + 16 * index as u64, desc.as_bytes()).unwrap();
             }

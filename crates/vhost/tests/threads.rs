@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use guest::{Ask, Done, Driver};
+use guest::{Ask, Done, Driver, Kind};
 use qpair_bdev::Registry;
 use qpair_bdev::malloc::Malloc;
 use qpair_memory::Mapping;
@@ -15,8 +15,7 @@ use qpair_reactor::driver::Choice;
 use qpair_reactor::event::Event;
 use qpair_reactor::thread::{ReactorThread, spawn};
 use qpair_reactor::{Config, ReactorId};
-use qpair_vhost::{Answer, Broken, Command, Failure, QueueState, Source, Target, VhostError};
-use qpair_wire::virtio::RingSize;
+use qpair_vhost::{Answer, Broken, Command, Failure, Options, QueueState, Source, Target, VhostError};
 use qpair_wire::virtio_blk::{RequestType, Segment, SegmentFlags};
 use zerocopy::IntoBytes;
 
@@ -49,7 +48,7 @@ impl Stack {
 
     fn export(&self, name: &str, bdev: &str, readonly: bool, queues: u32) {
         let handles = self.reactors.iter().map(|thread| thread.handle().clone()).collect();
-        self.target.create(name, bdev, handles, readonly, queues).unwrap();
+        self.target.create(name, bdev, handles, Options { readonly, packed_ring: true, num_queues: queues }).unwrap();
     }
 }
 
@@ -63,9 +62,8 @@ struct Machine {
 
 impl Machine {
     /// Connects; `file`: memory that can be truncated.
-    fn new(stack: &Stack, name: &str, queues: usize, entries: u32, event_idx: bool, file: Option<&File>) -> Self {
-        let size = RingSize::new(entries).unwrap();
-        let each = Driver::bytes(size, SLOTS).next_multiple_of(4096);
+    fn new(stack: &Stack, name: &str, kind: Kind, queues: usize, entries: u16, event_idx: bool, file: Option<&File>) -> Self {
+        let each = Driver::bytes(entries, SLOTS).next_multiple_of(4096);
         let bytes = each * queues as u64;
         let memory = match file {
             None => Mapping::memfd("guest", bytes as usize).unwrap(),
@@ -78,8 +76,8 @@ impl Machine {
             None => memory.fd().unwrap().try_clone_to_owned().unwrap(),
             Some(file) => file.try_clone().unwrap().into(),
         };
-        let rings = (0..queues as u64)
-            .map(|queue| (Driver::new(&memory, queue * each, size, SLOTS, event_idx, 0), Event::new().unwrap(), Event::new().unwrap()));
+        let driver = |queue| Driver::new(kind, &memory, queue * each, entries, SLOTS, event_idx, kind.start());
+        let rings = (0..queues as u64).map(|queue| (driver(queue), Event::new().unwrap(), Event::new().unwrap()));
         let machine = Self {
             target: stack.target.clone(),
             name: name.to_owned(),
@@ -87,11 +85,11 @@ impl Machine {
             queues: rings.collect(),
             _memory: memory,
         };
-        machine.say(Command::SetFeatures(FEATURES | if event_idx { EVENT_IDX } else { 0 })).unwrap();
+        machine.say(Command::SetFeatures(FEATURES | kind.feature() | if event_idx { EVENT_IDX } else { 0 })).unwrap();
         machine.say(Command::SetMemTable(vec![guest::row(Source::Fd(fd), bytes)])).unwrap();
         for (index, (driver, kick, call)) in machine.queues.iter().enumerate() {
             let queue = index as u16;
-            machine.say(Command::SetVringNum { queue, size: entries }).unwrap();
+            machine.say(Command::SetVringNum { queue, size: entries.into() }).unwrap();
             machine.say(Command::SetVringAddr { queue, addresses: driver.addresses() }).unwrap();
             machine.say(Command::SetVringCall { queue, call: Some(call.twin().unwrap()) }).unwrap();
             machine.say(Command::SetVringKick { queue, kick: Some(kick.twin().unwrap()) }).unwrap();
@@ -153,6 +151,7 @@ impl Machine {
     }
 }
 
+const WAYS: [(Kind, bool); 4] = [(Kind::Split, true), (Kind::Split, false), (Kind::Packed, true), (Kind::Packed, false)];
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -164,8 +163,8 @@ fn two_rings_on_two_reactors_keep_their_data() {
         stack.export("vd", "small", false, 2);
         let info = stack.target.info(Some("vd")).unwrap();
         assert_eq!(info[0].reactors, [0, 1]);
-        for event_idx in [true, false] {
-            let mut machine = Machine::new(&stack, "vd", 2, 128, event_idx, None);
+        for (kind, event_idx) in WAYS {
+            let mut machine = Machine::new(&stack, "vd", kind, 2, 128, event_idx, None);
             for round in 0..50u64 {
                 for queue in 0..2 {
                     for kind in [RequestType::OUT, RequestType::IN] {
@@ -199,8 +198,8 @@ fn two_rings_on_two_reactors_keep_their_data() {
 fn a_sleeping_ring_is_kicked_and_one_interrupt_tells_of_a_batch() {
     let stack = Stack::new(1, Choice::Auto);
     stack.export("vd", "small", false, 1);
-    for event_idx in [true, false] {
-        let mut machine = Machine::new(&stack, "vd", 1, 64, event_idx, None);
+    for (kind, event_idx) in WAYS {
+        let mut machine = Machine::new(&stack, "vd", kind, 1, 64, event_idx, None);
         assert_eq!(machine.ask(&Ask::new(RequestType::FLUSH, 0, 0)).status, OK);
         for _ in 0..5 {
             std::thread::sleep(Duration::from_millis(60));
@@ -224,7 +223,11 @@ fn a_sleeping_ring_is_kicked_and_one_interrupt_tells_of_a_batch() {
 fn each_kind_of_request_has_its_answer() {
     let stack = Stack::new(1, Choice::Auto);
     stack.export("vd", "small", false, 1);
-    let mut machine = Machine::new(&stack, "vd", 1, 64, true, None);
+    Kind::BOTH.iter().for_each(|kind| ask_everything(&stack, *kind));
+}
+
+fn ask_everything(stack: &Stack, kind: Kind) {
+    let mut machine = Machine::new(stack, "vd", kind, 1, 64, true, None);
     assert_eq!(machine.send(RequestType::OUT, 0, &[7; 8192]), OK);
     assert_eq!(machine.receive(4, 1024), [7; 1024]);
     assert_eq!(machine.ask(&Ask::new(RequestType::FLUSH, 0, 0)).status, OK);
@@ -272,7 +275,7 @@ fn each_kind_of_request_has_its_answer() {
 fn large_blocks_and_readonly_disks_refuse_what_does_not_fit() {
     let stack = Stack::new(1, Choice::Auto);
     stack.export("large", "large", false, 1);
-    let mut machine = Machine::new(&stack, "large", 1, 64, true, None);
+    let mut machine = Machine::new(&stack, "large", Kind::Packed, 1, 64, true, None);
     assert_eq!(machine.send(RequestType::OUT, 8, &[9; 4096]), OK);
     assert_eq!(machine.receive(8, 4096), [9; 4096]);
     for (sector, bytes) in [(1, 4096), (7, 4096), (8, 512), (8, 4608)] {
@@ -284,7 +287,7 @@ fn large_blocks_and_readonly_disks_refuse_what_does_not_fit() {
     assert_eq!(machine.receive(8, 4096), [9; 4096]);
     machine.close();
     stack.export("ro", "small", true, 1);
-    let mut machine = Machine::new(&stack, "ro", 1, 64, true, None);
+    let mut machine = Machine::new(&stack, "ro", Kind::Split, 1, 64, true, None);
     let range = Segment::new(0, 8, SegmentFlags::empty());
     assert_eq!(machine.send(RequestType::OUT, 0, &[1; 512]), IOERR);
     assert_eq!(machine.send(RequestType::WRITE_ZEROES, 0, range.as_bytes()), IOERR);
@@ -296,14 +299,18 @@ fn large_blocks_and_readonly_disks_refuse_what_does_not_fit() {
 
 #[test]
 fn memory_that_shrinks_ends_its_session_by_name_and_no_other() {
+    Kind::BOTH.iter().for_each(|kind| shrink_memory(*kind));
+}
+
+fn shrink_memory(kind: Kind) {
     let stack = Stack::new(2, Choice::Auto);
     stack.export("victim", "small", false, 2);
     stack.export("other", "large", false, 2);
-    let path = std::env::temp_dir().join(format!("qpair-shrink-{}", std::process::id()));
+    let path = std::env::temp_dir().join(format!("qpair-shrink-{kind:?}-{}", std::process::id()));
     let file = File::options().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
-    let mut other = Machine::new(&stack, "other", 2, 64, true, None);
-    let mut victim = Machine::new(&stack, "victim", 2, 64, true, Some(&file));
+    let mut other = Machine::new(&stack, "other", Kind::Split, 2, 64, true, None);
+    let mut victim = Machine::new(&stack, "victim", kind, 2, 64, true, Some(&file));
     assert_eq!(victim.send(RequestType::OUT, 0, &[1; 512]), OK);
     for round in 0..200 {
         if round == 20 {

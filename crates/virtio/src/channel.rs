@@ -38,7 +38,7 @@ use qpair_wire::virtio_blk::{BlkStatus, RequestHeader, RequestType, Segment, Seg
 use crate::BdevError;
 use crate::chain::{Chains, Shape};
 use crate::device::Shared;
-use crate::ring::{Position, Ring};
+use crate::ring::{Place, Ring};
 
 /// No slot yet.
 const NONE: u16 = u16::MAX;
@@ -66,11 +66,11 @@ struct Slot {
     io: IoId,
 }
 
-pub(crate) struct VirtioChannel {
+pub(crate) struct VirtioChannel<R: Ring> {
     shared: Arc<Shared>,
     id: ChannelId,
     queue: usize,
-    ring: Ring,
+    ring: R,
     chains: Chains,
     headers_at: u64,
     bounce_at: u64,
@@ -91,7 +91,7 @@ pub(crate) struct VirtioChannel {
     lost: bool,
 }
 
-impl VirtioChannel {
+impl<R: Ring> VirtioChannel<R> {
     pub(crate) fn open(
         shared: Arc<Shared>,
         reactor: &mut Reactor,
@@ -99,13 +99,13 @@ impl VirtioChannel {
         id: ChannelId,
         poller: PollerId,
         queue: usize,
-        position: Position,
+        place: Option<Place>,
     ) -> Result<Self, BdevError> {
         let (layout, agreed) = (shared.layout.queue(queue), &shared.agreed);
         let size = shared.layout.size();
         let region = Region::new(shared.layout.mapping().clone());
-        let ring = Ring::new(&region, &layout, size, agreed.event_idx, position)?;
-        let chains = Chains::new(&region, &layout, size, agreed.indirect)?;
+        let ring = R::new(&region, &layout, size, agreed, place)?;
+        let chains = Chains::new(&region, &layout, size, agreed)?;
         let setup = &shared.queues[queue];
         let os = |what: &'static str| move |source| BdevError::Os { what: format!("virtio: {what}"), source };
         let kick = setup.kick.twin().map_err(os("kick descriptor"))?;
@@ -215,7 +215,7 @@ impl VirtioChannel {
         }
         self.chains.set_header(index, header);
         self.newest = index;
-        self.ring.add(self.chains.head(index));
+        self.ring.add(&self.chains, index);
     }
 
     fn bounce_of(&self, index: u16) -> u64 {
@@ -333,14 +333,14 @@ impl Slot {
     }
 }
 
-impl Channel for VirtioChannel {
+impl<R: Ring> Channel for VirtioChannel<R> {
     fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
         if self.lost || self.shared.is_failed() {
             batch.iter().for_each(|id| layer.complete(*id, Status::INTERNAL_DEVICE_ERROR));
             return;
         }
         if batch.len() == 1 {
-            self.ring.prefetch_avail_idx();
+            self.ring.prefetch_publish();
         }
         for id in batch {
             self.start(layer, *id);
@@ -370,7 +370,7 @@ impl Channel for VirtioChannel {
         }
         let mut outcome = Ok(());
         if count > self.inflight {
-            outcome = Err(format!("the used index says {count} requests are done, {} are under way", self.inflight));
+            outcome = Err(format!("the ring says that {count} requests are done, {} are under way", self.inflight));
         }
         for _ in 0..count {
             if outcome.is_err() {
@@ -411,6 +411,6 @@ impl Channel for VirtioChannel {
 
     fn close(&mut self, _: &mut Layer, reactor: &mut Reactor) {
         reactor.unwatch(self.watch);
-        self.shared.return_queue(self.queue, self.ring.position(), self.lost);
+        self.shared.return_queue(self.queue, Some(self.ring.place()), self.lost);
     }
 }

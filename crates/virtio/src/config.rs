@@ -13,6 +13,7 @@ use crate::BdevError;
 pub(crate) struct Agreed {
     pub(crate) event_idx: bool,
     pub(crate) indirect: bool,
+    pub(crate) packed: bool,
     pub(crate) flush: bool,
     /// Sectors a block.
     pub(crate) sectors: u64,
@@ -22,12 +23,15 @@ pub(crate) struct Agreed {
 }
 
 /// Reads features and configuration; what the driver cannot live with is refused by name.
-pub(crate) fn agree(name: &str, features: u64, bytes: &[u8], max_io_bytes: u32, slots: impl Fn(bool) -> u16) -> Result<Agreed, BdevError> {
+pub(crate) fn agree(
+    name: &str,
+    features: u64,
+    bytes: &[u8],
+    max_io_bytes: u32,
+    slots: impl Fn(bool, bool) -> u16,
+) -> Result<Agreed, BdevError> {
     let ring = Features::from_bits_retain(features);
     let blk = BlkFeatures::from_bits_retain(features);
-    if ring.contains(Features::RING_PACKED) {
-        return Err(BdevError::invalid("features", format!("{features:#x}"), "no packed ring (bit 34)"));
-    }
     let config = parse(bytes)?;
     let block_size = if blk.contains(BlkFeatures::BLK_SIZE) { config.blk_size.get() } else { SECTOR_BYTES as u32 };
     if !block_size.is_power_of_two() || !(512..=65536).contains(&block_size) {
@@ -49,8 +53,8 @@ pub(crate) fn agree(name: &str, features: u64, bytes: &[u8], max_io_bytes: u32, 
     let zeroes = largest_range(blk, BlkFeatures::WRITE_ZEROES, config.max_write_zeroes_sectors.get(), sectors);
     // One limit for both: the smaller.
     info.max_unmap_blocks = discard.into_iter().chain(zeroes).min().unwrap_or(0);
-    let indirect = ring.contains(Features::INDIRECT_DESC);
-    info.queue_depth = u32::from(slots(indirect));
+    let (indirect, packed) = (ring.contains(Features::INDIRECT_DESC), ring.contains(Features::RING_PACKED));
+    info.queue_depth = u32::from(slots(indirect, packed));
     let mut ops = vec![Op::Read, Op::Write, Op::Reset];
     ops.extend(flush.then_some(Op::Flush));
     ops.extend(discard.map(|_| Op::Unmap));
@@ -58,7 +62,7 @@ pub(crate) fn agree(name: &str, features: u64, bytes: &[u8], max_io_bytes: u32, 
     info.supported = OpSet::of(&ops);
     info.check()?;
     let pieces = if blk.contains(BlkFeatures::SEG_MAX) && config.seg_max.get() < 2 { 1 } else { 2 };
-    Ok(Agreed { event_idx: ring.contains(Features::RING_EVENT_IDX), indirect, flush, sectors, pieces, info })
+    Ok(Agreed { event_idx: ring.contains(Features::RING_EVENT_IDX), indirect, packed, flush, sectors, pieces, info })
 }
 
 /// Old targets send less than 60 bytes: what is missing reads as zero, which no feature bit announces.

@@ -11,7 +11,9 @@ use qpair_reactor::{Handle, PollerId, Reactor};
 use crate::chain::Chains;
 use crate::channel::VirtioChannel;
 use crate::config::{Agreed, agree};
-use crate::ring::Position;
+use crate::packed::PackedRing;
+use crate::ring::Place;
+use crate::split::SplitRing;
 use crate::{BdevError, VirtioLayout};
 
 /// One queue as the target knows it.
@@ -40,7 +42,8 @@ pub(crate) struct Shared {
 /// Where a queue stands between channels.
 #[derive(Default)]
 struct State {
-    position: Position,
+    /// None: it was never used.
+    place: Option<Place>,
     holder: Option<(Handle, PollerId)>,
     /// Requests were given up on it: the target may still answer them.
     dead: bool,
@@ -56,7 +59,7 @@ impl VirtioBlk {
             return Err(BdevError::invalid("queue_size", queue.size, format!("the layout's {}", layout.queue_size())));
         }
         let size = layout.size();
-        let agreed = agree(name, features, config, layout.max_io_bytes(), |indirect| Chains::slots_of(size, indirect))?;
+        let agreed = agree(name, features, config, layout.max_io_bytes(), |indirect, packed| Chains::slots_of(size, indirect, packed))?;
         let states = queues.iter().map(|_| State::default()).collect();
         Ok(Self { shared: Arc::new(Shared { layout, agreed, queues, states: Mutex::new(states), failed: AtomicBool::new(false) }) })
     }
@@ -69,14 +72,14 @@ impl Device for VirtioBlk {
 
     fn open(&self, reactor: &mut Reactor, layer: &mut Layer, id: ChannelId) -> Result<Box<dyn Channel>, BdevError> {
         let poller = layer.poller(id).ok_or_else(|| BdevError::Removing(self.info().name))?;
-        let (queue, position) = self.shared.take_queue(reactor.handle(), poller)?;
-        match VirtioChannel::open(self.shared.clone(), reactor, layer, id, poller, queue, position) {
-            Ok(channel) => Ok(Box::new(channel)),
-            Err(error) => {
-                self.shared.return_queue(queue, position, false);
-                Err(error)
-            }
-        }
+        let (queue, place) = self.shared.take_queue(reactor.handle(), poller)?;
+        let shared = self.shared.clone();
+        let opened: Result<Box<dyn Channel>, BdevError> = if shared.agreed.packed {
+            VirtioChannel::<PackedRing>::open(shared, reactor, layer, id, poller, queue, place).map(|channel| Box::new(channel) as _)
+        } else {
+            VirtioChannel::<SplitRing>::open(shared, reactor, layer, id, poller, queue, place).map(|channel| Box::new(channel) as _)
+        };
+        opened.inspect_err(|_| self.shared.return_queue(queue, place, false))
     }
 
     fn polled(&self) -> bool {
@@ -93,7 +96,7 @@ impl Shared {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take_queue(&self, handle: Handle, poller: PollerId) -> Result<(usize, Position), BdevError> {
+    fn take_queue(&self, handle: Handle, poller: PollerId) -> Result<(usize, Option<Place>), BdevError> {
         let mut states = self.states();
         let count = states.len();
         let free = states.iter_mut().enumerate().find(|(_, state)| state.holder.is_none() && !state.dead);
@@ -101,12 +104,12 @@ impl Shared {
             return Err(BdevError::Unsupported(format!("{} on one more reactor: its {count} queues are taken", self.agreed.info.name)));
         };
         state.holder = Some((handle, poller));
-        Ok((index, state.position))
+        Ok((index, state.place))
     }
 
-    pub(crate) fn return_queue(&self, queue: usize, position: Position, dead: bool) {
+    pub(crate) fn return_queue(&self, queue: usize, place: Option<Place>, dead: bool) {
         let state = &mut self.states()[queue];
-        *state = State { position, holder: None, dead };
+        *state = State { place, holder: None, dead };
     }
 
     #[inline]

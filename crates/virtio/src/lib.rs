@@ -1,6 +1,6 @@
 //! virtio-user initiator: the driver's side of a vhost-user-blk target's rings, as a bdev.
 //!
-//! Virtio 1.2: 2.7 (split virtqueues), 5.2 (block device).
+//! Virtio 1.2: 2.7 (split virtqueues), 2.8 (packed virtqueues), 5.2 (block device).
 //!
 //! How it works. [`VirtioLayout`] lays out one memfd: for each queue its rings, request headers, status bytes and
 //! bounce space, and behind them memory that front ends borrow ([`qpair_bdev::Descriptor::buffer`]), so that their data needs no copy.
@@ -9,7 +9,7 @@
 //!
 //! Every request slot owns a chain of four descriptors on one cache line of its own (in the descriptor table, or in an
 //! indirect table where the ring is small), a header and a status byte; an I/O goes to the slot it had last time, so in a
-//! steady state nothing but the header, the avail entry and the avail index is written. One batch is one store of
+//! steady state nothing but the header, the avail entry and the avail index is written (of a packed ring, the header and one descriptor). One batch is one store of
 //! the avail index and at most one kick. Data outside the memfd, or in more than two pieces, is copied through the slot's
 //! bounce space. A write that must be durable (FUA) is followed by a flush in the same slot.
 //!
@@ -21,7 +21,7 @@
 //! flight ends with an error, once, and further I/O is refused. A target that says nothing is waited for, until the
 //! device is unregistered and the deadline has passed.
 //!
-//! Not implemented: the packed ring, GET_ID, secure erase, zones, changes of the target's size.
+//! Not implemented: in-order use, GET_ID, secure erase, zones, changes of the target's size.
 //!
 //! Limits: one reactor a queue; rings of 4 to 32768 entries; I/Os as large as the bounce space, larger ones are split.
 
@@ -32,7 +32,9 @@ mod channel;
 mod config;
 mod device;
 mod layout;
+mod packed;
 mod ring;
+mod split;
 
 pub use device::{QueueSetup, VirtioBlk};
 pub use layout::{MAX_IO_BYTES, QueueAddresses, VirtioLayout};

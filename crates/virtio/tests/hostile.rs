@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 
 use qpair_bdev::{BdevError, IoFlags, Notice, Op, Status, lifecycle};
 use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
-use qpair_wire::virtio::Features;
 use support::{Driver, config, features};
 use zerocopy::IntoBytes;
 
@@ -158,10 +157,6 @@ fn refusal(features: u64, bytes: &[u8]) -> String {
 #[test]
 fn features_and_configuration_that_cannot_work_are_refused_by_name() {
     use qpair_wire::virtio_blk::BlkFeatures;
-    assert_eq!(
-        refusal(features() | Features::RING_PACKED.bits(), config().as_bytes()),
-        format!("Invalid argument: features {:#x}: no packed ring (bit 34)", features() | Features::RING_PACKED.bits())
-    );
     assert_eq!(refusal(features(), &[0; 4]), "Invalid argument: config of 4 bytes: at least 8 bytes");
     assert_eq!(refusal(features(), &[0; 60]), "Invalid argument: config.capacity 0: at least one block of 1 sectors");
     let mut odd = config();

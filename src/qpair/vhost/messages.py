@@ -222,16 +222,12 @@ class SetVringAddr(Message):
 
 @dataclass(frozen=True, slots=True)
 class SetVringBase(Message):
-    """The avail index at which the back end starts."""
+    """Where the back end starts: the avail index; of a packed ring two positions, the one to take next and above it the one to use next."""
 
     request = Request.SET_VRING_BASE
     layout = STATE
     index: int
     base: int
-
-    def check(self) -> None:
-        if self.base > 0xFFFF:
-            raise ProtocolError(self.request.name, "base", self.base, "at most 65535")
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +400,7 @@ class MaxMemSlots(U64Payload):
 
 @dataclass(frozen=True, slots=True)
 class VringBase(Message):
-    """Answers `GetVringBase`: the avail index at which a later start goes on."""
+    """Answers `GetVringBase`: where a later start goes on, as `SetVringBase` has it."""
 
     request = Request.GET_VRING_BASE
     layout = STATE

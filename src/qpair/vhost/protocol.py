@@ -68,6 +68,7 @@ from qpair.vhost.messages import (
 __all__ = ["CONFIG_WRITEBACK_OFFSET", "FEATURE_PROTOCOL_FEATURES", "OFFERED", "Answer", "BackendProtocol", "Command", "Refused"]
 
 FEATURE_PROTOCOL_FEATURES = 1 << 30
+FEATURE_RING_PACKED = 1 << 34
 CONFIG_WRITEBACK_OFFSET = 32
 OFFERED = (
     ProtocolFeatures.MQ
@@ -145,6 +146,11 @@ class BackendProtocol:
         self.features = 0
         self.protocol_features = ProtocolFeatures(0)
         self.memory: tuple[Slot, ...] = ()
+
+    @property
+    def _packed(self) -> bool:
+        """Rings are packed: any size is legal, and a base is two positions."""
+        return bool(self.features & FEATURE_RING_PACKED)
 
     def handle(self, frame: Frame) -> Command:
         """Check one message. Descriptors in ``args`` are still the frame's: the engine duplicates them. Those in ``memory`` that came
@@ -226,6 +232,8 @@ class BackendProtocol:
                     raise ProtocolError(addr.request.name, "flags", f"{addr.flags:#x}", "0: logging was not agreed on")
                 return "vhost_set_vring_addr", (queue, addr.flags, addr.desc, addr.used, addr.avail, addr.log)
             case SetVringBase(index=index, base=base):
+                if base > 0xFFFF and not self._packed:
+                    raise ProtocolError(message.request.name, "base", base, "at most 65535")
                 return "vhost_set_vring_base", (self._queue(message, index), base)
             case GetVringBase(index=index):
                 return "vhost_get_vring_base", (self._queue(message, index),)
@@ -264,8 +272,9 @@ class BackendProtocol:
         name = message.request.name
         if not 1 <= message.num_queues <= self.num_queues:
             raise ProtocolError(name, "num_queues", message.num_queues, f"1 to {self.num_queues}, this controller's")
-        if not 1 <= message.queue_size <= 32768 or message.queue_size & (message.queue_size - 1):
-            raise ProtocolError(name, "queue_size", message.queue_size, "a power of two from 1 to 32768")
+        whole = self._packed or not message.queue_size & (message.queue_size - 1)
+        if not 1 <= message.queue_size <= 32768 or not whole:
+            raise ProtocolError(name, "queue_size", message.queue_size, "1 to 32768" if self._packed else "a power of two from 1 to 32768")
         if isinstance(message, GetInflightFd):
             return "vhost_get_inflight_fd", (message.num_queues, message.queue_size)
         return "vhost_set_inflight_fd", (fds[0], message.mmap_size, message.mmap_offset, message.num_queues, message.queue_size)

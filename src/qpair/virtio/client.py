@@ -10,7 +10,7 @@ Errors: `TargetGone` (it closed the connection), `TargetBrokeProtocol`, `TargetR
 feature without which nothing works), `TimedOut`; a path that cannot be connected to is `NoSuchFile` or what the system says.
 After an error the connection is closed.
 
-Not implemented: reconnecting, the packed ring, legacy devices (without VERSION_1), targets without configuration messages.
+Not implemented: reconnecting, legacy devices (without VERSION_1), targets without configuration messages.
 
 Limits: 10 s for each answer by default; 60 bytes of configuration, which is all that QEMU's server gives; one memory region.
 """
@@ -87,6 +87,7 @@ VIRTIO_F_INDIRECT_DESC = 1 << 28
 VIRTIO_F_EVENT_IDX = 1 << 29
 VHOST_USER_F_PROTOCOL_FEATURES = 1 << 30
 VIRTIO_F_VERSION_1 = 1 << 32
+VIRTIO_F_RING_PACKED = 1 << 34
 
 WANTED_FEATURES = (
     VIRTIO_BLK_F_SEG_MAX
@@ -100,9 +101,12 @@ WANTED_FEATURES = (
     | VIRTIO_F_EVENT_IDX
     | VHOST_USER_F_PROTOCOL_FEATURES
     | VIRTIO_F_VERSION_1
+    | VIRTIO_F_RING_PACKED
 )
 WANTED_PROTOCOL_FEATURES = ProtocolFeatures.MQ | ProtocolFeatures.CONFIG | ProtocolFeatures.REPLY_ACK
 
+# Of a packed ring: both sides at index 0 in their first lap.
+_PACKED_START = 0x8000_8000
 _NUM_QUEUES = struct.Struct("<H")
 _NUM_QUEUES_OFFSET = 34
 _OWN_REPLY = frozenset(
@@ -307,14 +311,15 @@ async def _queue_limit(front: FrontEnd, features: int, config: bytes) -> int:
     return int(min(limit, in_config))
 
 
-async def attach_queues(front: FrontEnd, memory: Memory, queues: Sequence[Queue]) -> None:
-    """Hand over the memory, then start every queue. Descriptors stay the caller's."""
+async def attach_queues(front: FrontEnd, memory: Memory, queues: Sequence[Queue], features: int) -> None:
+    """Hand over the memory, then start every queue. Descriptors stay the caller's. ``features``: those agreed on."""
+    base = _PACKED_START if features & VIRTIO_F_RING_PACKED else 0
     region = MemoryRegion(0, memory.size_bytes, memory.user_address, 0)
     await front.send(SetMemTable((region,)), (memory.fd,))
     for index, queue in enumerate(queues):
         desc, avail, used = memory.queue_addresses(index)
         await front.send(SetVringNum(index, queue.size))
-        await front.send(SetVringBase(index, 0))
+        await front.send(SetVringBase(index, base))
         await front.send(SetVringAddr(index, 0, desc, used, avail, 0))
         await front.send(SetVringKick.of(index), (queue.kick,))
         await front.send(SetVringCall.of(index), (queue.call,))

@@ -147,7 +147,7 @@ class VirtioSubsystem(Subsystem):
             for _ in range(2 * count):
                 eventfds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             queues = [Queue(queue_size, kick, call) for kick, call in zip(eventfds[::2], eventfds[1::2], strict=True)]
-            await attach_queues(front, memory, queues)
+            await attach_queues(front, memory, queues, device.features)
             await self._make_bdev(name, device, memory, queues)
         finally:
             close_all(eventfds)  # the target and the engine have duplicates

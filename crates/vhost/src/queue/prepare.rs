@@ -7,11 +7,12 @@ use zerocopy::FromBytes;
 use super::Queue;
 use crate::config::{RANGES_MAX, serial};
 use crate::request::Request;
+use crate::ring::Kind;
 
-impl Queue {
+impl<R: Kind> Queue<R> {
     /// Whether a read or write is in whole blocks, and allowed.
     #[inline]
-    pub(super) fn fits_blocks(&self, op: Op, request: &Request) -> bool {
+    fn fits_blocks(&self, op: Op, request: &Request) -> bool {
         let bytes = request.readable + request.writable;
         let within_block = (1u64 << self.block_shift) - 1;
         let within_sectors = within_block >> SECTOR_BYTES.trailing_zeros();
@@ -20,44 +21,44 @@ impl Queue {
 
     /// Fills in the I/O (and more of them, for several ranges) and puts it on the batch.
     #[inline]
-    pub(super) fn prepare(&mut self, layer: &mut Layer, id: IoId, head: u16, request: &Request) -> Result<(), Refused> {
+    pub(super) fn prepare(&mut self, layer: &mut Layer, id: IoId, name: u16, request: &Request) -> Result<(), Refused> {
         let bad = Refused::Answer(BlkStatus::IOERR);
         match request.header.kind() {
-            RequestType::IN | RequestType::OUT => usual(request).map_or(Err(bad), |op| self.transfer(layer, id, head, op, request)),
+            RequestType::IN | RequestType::OUT => usual(request).map_or(Err(bad), |op| self.transfer(layer, id, name, op, request)),
             RequestType::FLUSH => {
                 let io = layer.io_mut(id);
                 (io.op, io.lba, io.blocks) = (Op::Flush, 0, 0);
                 io.list.clear();
-                self.enlist(layer, id, head);
+                self.enlist(layer, id, name);
                 Ok(())
             }
-            RequestType::GET_ID => Err(Refused::Answer(self.write_id(layer, id, head, request))),
-            RequestType::DISCARD => self.ranges(layer, id, head, Op::Unmap, request),
-            RequestType::WRITE_ZEROES => self.ranges(layer, id, head, Op::WriteZeroes, request),
+            RequestType::GET_ID => Err(Refused::Answer(self.write_id(layer, id, name, request))),
+            RequestType::DISCARD => self.ranges(layer, id, name, Op::Unmap, request),
+            RequestType::WRITE_ZEROES => self.ranges(layer, id, name, Op::WriteZeroes, request),
             _ => Err(Refused::Answer(BlkStatus::UNSUPP)),
         }
     }
 
     #[inline]
-    fn enlist(&mut self, layer: &mut Layer, id: IoId, head: u16) {
-        layer.io_mut(id).push(self.completions, u64::from(head));
-        self.slots[usize::from(head)].pending += 1;
+    fn enlist(&mut self, layer: &mut Layer, id: IoId, name: u16) {
+        layer.io_mut(id).push(self.completions, u64::from(name));
+        self.slots[usize::from(name)].pending += 1;
         self.batch.push(id);
     }
 
     #[inline]
-    fn transfer(&mut self, layer: &mut Layer, id: IoId, head: u16, op: Op, request: &Request) -> Result<(), Refused> {
+    fn transfer(&mut self, layer: &mut Layer, id: IoId, name: u16, op: Op, request: &Request) -> Result<(), Refused> {
         let bytes = request.readable + request.writable;
         if bytes == 0 || !self.fits_blocks(op, request) {
             return Err(Refused::Answer(BlkStatus::IOERR));
         }
-        self.slots[usize::from(head)].written = fill(layer.io_mut(id), op, request, self.block_shift);
-        self.enlist(layer, id, head);
+        self.slots[usize::from(name)].written = fill(layer.io_mut(id), op, request, self.block_shift);
+        self.enlist(layer, id, name);
         Ok(())
     }
 
     /// Discard and write-zeroes: one I/O for each range (5.2.6).
-    fn ranges(&mut self, layer: &mut Layer, first: IoId, head: u16, op: Op, request: &Request) -> Result<(), Refused> {
+    fn ranges(&mut self, layer: &mut Layer, first: IoId, name: u16, op: Op, request: &Request) -> Result<(), Refused> {
         let bad = Refused::Answer(BlkStatus::IOERR);
         let count = (request.readable / 16) as usize;
         let whole = request.readable.is_multiple_of(16) && request.writable == 0 && (1..=RANGES_MAX).contains(&count);
@@ -88,20 +89,20 @@ impl Queue {
             let io = layer.io_mut(id);
             (io.op, io.lba, io.blocks) = (op, *lba, *blocks);
             io.flags.set(qpair_bdev::IoFlags::NO_UNMAP, op == Op::WriteZeroes && !unmap);
-            self.enlist(layer, id, head);
+            self.enlist(layer, id, name);
         }
         Ok(())
     }
 
     /// GET_ID: the serial into the data buffer, as much as fits.
-    fn write_id(&mut self, layer: &mut Layer, id: IoId, head: u16, request: &Request) -> BlkStatus {
+    fn write_id(&mut self, layer: &mut Layer, id: IoId, name: u16, request: &Request) -> BlkStatus {
         let Some(info) = self.setup.descriptor.info() else { return BlkStatus::IOERR };
         if request.readable != 0 || request.writable == 0 {
             return BlkStatus::IOERR;
         }
         let serial = serial(&info);
         let mut rest = &serial[..ID_BYTES.min(request.writable as usize)];
-        self.slots[usize::from(head)].written = rest.len() as u32 + 1;
+        self.slots[usize::from(name)].written = rest.len() as u32 + 1;
         for entry in &layer.io(id).list {
             let (now, later) = rest.split_at(rest.len().min(entry.length as usize));
             if entry.region.write(entry.offset, now).is_err() {
@@ -115,7 +116,7 @@ impl Queue {
 
 /// Makes a read or write of a request that fits blocks; returns the used length of its success.
 #[inline]
-pub(super) fn fill(io: &mut Io, op: Op, request: &Request, block_shift: u32) -> u32 {
+fn fill(io: &mut Io, op: Op, request: &Request, block_shift: u32) -> u32 {
     let bytes = request.readable + request.writable;
     let sectors_shift = block_shift - SECTOR_BYTES.trailing_zeros();
     (io.op, io.lba, io.blocks) = (op, request.header.sector.get() >> sectors_shift, bytes >> block_shift);
@@ -125,7 +126,7 @@ pub(super) fn fill(io: &mut Io, op: Op, request: &Request, block_shift: u32) -> 
 
 /// The operation of a read or write whose data goes the right way.
 #[inline]
-pub(super) fn usual(request: &Request) -> Option<Op> {
+fn usual(request: &Request) -> Option<Op> {
     match request.header.kind() {
         RequestType::IN if request.readable == 0 => Some(Op::Read),
         RequestType::OUT if request.writable == 0 => Some(Op::Write),

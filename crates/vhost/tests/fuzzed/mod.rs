@@ -13,8 +13,9 @@ use qpair_bdev::{Device, Layer, Registry};
 use qpair_memory::{Mapping, Region};
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::World;
-use qpair_vhost::{Addresses, Command, Inflight, MemoryRow, Source, Target};
+use qpair_vhost::{Addresses, Command, Inflight, MemoryRow, Options, Source, Target};
 use qpair_wire::virtio::RingSize;
+use qpair_wire::virtio_packed::PackedSize;
 
 const GUEST: u64 = 0x10_0000;
 const USER: u64 = 0x7000_0000;
@@ -56,7 +57,9 @@ struct Run {
     world: World,
     target: Arc<Target>,
     session: u64,
-    size: RingSize,
+    packed: bool,
+    size: u16,
+    areas: Areas,
     memory: Arc<Mapping>,
     region: Region,
     view: Weak<Mapping>,
@@ -64,9 +67,28 @@ struct Run {
     base: u16,
 }
 
+/// From the start of memory.
+struct Areas {
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+impl Areas {
+    fn of(size: u16, packed: bool) -> Self {
+        if packed {
+            let layout = PackedSize::new(size.into()).and_then(|size| size.layout(0)).expect("a layout");
+            return Self { desc: layout.desc, avail: layout.driver, used: layout.device };
+        }
+        let layout = RingSize::new(size.into()).and_then(|size| size.layout(0, 4)).expect("a layout");
+        Self { desc: layout.desc, avail: layout.avail, used: layout.used }
+    }
+}
+
 impl Run {
     fn new(bytes: &mut Bytes<'_>, inflight: Option<&[u8]>) -> Self {
-        let (config, power, base) = (bytes.byte(), bytes.byte() % 9, bytes.half());
+        let (config, power, base) = (bytes.byte(), bytes.byte(), bytes.half());
+        let packed = config & 32 != 0;
         let mut world = World::new(u64::from(bytes.byte()), 1);
         world.with(0, |reactor| Layer::install(reactor, IOS));
         let registry = Registry::new(world.handles());
@@ -77,32 +99,38 @@ impl Run {
         };
         registry.register(device).expect("registered");
         let target = Target::new(registry, |_| {});
-        target.create("vd", "disk", world.handles(), config & 4 != 0, 1).expect("created");
+        target
+            .create("vd", "disk", world.handles(), Options { readonly: config & 4 != 0, packed_ring: true, num_queues: 1 })
+            .expect("created");
         let session = target.open("vd").expect("opened");
-        let size = RingSize::new(1 << power).expect("a size");
+        let size = if packed { u16::from(power) + 1 } else { 1 << (power % 9) };
         let memory = Mapping::memfd("guest", MEMORY).expect("memory");
         let mut run = Self {
             region: Region::new(memory.clone()),
             world,
             target,
             session,
+            packed,
             size,
+            areas: Areas::of(size, packed),
             memory,
             view: Weak::new(),
             kick: Event::simulated(),
             base,
         };
-        let features = 1 << 32 | if config & 8 != 0 { 1 << 29 } else { 0 } | if config & 16 != 0 { 1 << 28 } else { 0 };
+        let features =
+            1 << 32 | if config & 8 != 0 { 1 << 29 } else { 0 } | if config & 16 != 0 { 1 << 28 } else { 0 } | u64::from(packed) << 34;
         run.say(Command::SetFeatures(features));
         let index = base.to_le_bytes();
-        let layout = size.layout(0, 4).expect("a layout");
-        run.region.write(layout.avail + 2, &index).expect("inside");
-        run.region.write(layout.used + 2, &index).expect("inside");
+        if !packed {
+            run.region.write(run.areas.avail + 2, &index).expect("inside");
+            run.region.write(run.areas.used + 2, &index).expect("inside");
+        }
         if let Some(content) = inflight {
-            let (_, fd, length) = Inflight::create(1, size.get()).expect("a region");
+            let (_, fd, length) = Inflight::create(1, size, packed).expect("a region");
             let mapping = Mapping::shared(fd.as_fd(), length).expect("mapped");
             Region::new(mapping).write(0, &content[..content.len().min(length as usize)]).expect("inside");
-            run.say(Command::SetInflight { fd, size: length, offset: 0, num_queues: 1, queue_size: size.get() });
+            run.say(Command::SetInflight { fd, size: length, offset: 0, num_queues: 1, queue_size: size });
         }
         run
     }
@@ -127,27 +155,28 @@ impl Run {
     }
 
     fn play(mut self, mut bytes: Bytes<'_>) {
-        let layout = self.size.layout(0, 4).expect("a layout");
         let steps = usize::from(bytes.byte()) % STEPS_MAX;
         let script: Vec<[u8; 4]> = (0..steps).map(|_| [bytes.byte(), bytes.byte(), bytes.byte(), bytes.byte()]).collect();
         // Descriptors, then what they may point to. Addresses are near memory if the input's high bytes say nothing else.
-        let table = bytes.0.len().min(16 * usize::from(self.size.get()));
+        let table = bytes.0.len().min(16 * usize::from(self.size));
         self.region.write(0, &bytes.0[..table]).expect("inside");
         let rest = &bytes.0[table..];
         let room = MEMORY - 32768;
         self.region.write(32768, &rest[..rest.len().min(room)]).expect("inside");
-        for index in 0..self.size.get() {
-            let at = layout.avail + self.size.avail_entry_offset(index);
-            self.region.write(at, &(index % self.size.get()).to_le_bytes()).expect("inside");
+        for index in 0..if self.packed { 0 } else { self.size } {
+            let at = self.areas.avail + 4 + 2 * u64::from(index);
+            self.region.write(at, &index.to_le_bytes()).expect("inside");
         }
         self.show_memory();
-        self.say(Command::SetVringNum { queue: 0, size: u32::from(self.size.get()) });
-        let addresses = Addresses { desc: USER + layout.desc, avail: USER + layout.avail, used: USER + layout.used };
+        self.say(Command::SetVringNum { queue: 0, size: u32::from(self.size) });
+        let addresses = Addresses { desc: USER + self.areas.desc, avail: USER + self.areas.avail, used: USER + self.areas.used };
         self.say(Command::SetVringAddr { queue: 0, addresses });
-        self.say(Command::SetVringBase { queue: 0, base: u32::from(self.base) });
+        // Of a packed ring mostly the start, sometimes anything.
+        let base = if self.packed && self.base & 3 != 0 { 0x8000_8000 } else { u32::from(self.base) };
+        self.say(Command::SetVringBase { queue: 0, base });
         self.start();
         for [what, low, high, more] in script {
-            self.step(what, u16::from_le_bytes([low, high]), more, layout.avail);
+            self.step(what, u16::from_le_bytes([low, high]), more);
         }
         self.end();
     }
@@ -157,12 +186,29 @@ impl Run {
         self.say(Command::SetVringKick { queue: 0, kick });
     }
 
-    fn step(&mut self, what: u8, value: u16, more: u8, avail: u64) {
+    /// Makes some descriptors of a packed ring available, the last one first; or one of them anything.
+    fn make_available(&mut self, value: u16, more: u8) {
+        let odd = more & 0xc0 == 0xc0;
+        let (first, count) = if odd { (value % self.size, 1) } else { (0, u16::from(more) % (self.size + 1)) };
+        for index in (first..first + count).rev() {
+            let at = 16 * u64::from(index) + 14;
+            let mut flags = [0; 2];
+            self.region.read(at, &mut flags).expect("inside");
+            let turn = if odd { u16::from(more & 1) << 7 | u16::from(more & 2) << 14 } else { 1 << 7 };
+            self.region.write(at, &(u16::from_le_bytes(flags) & 0x7f7f | turn).to_le_bytes()).expect("inside");
+        }
+    }
+
+    fn step(&mut self, what: u8, value: u16, more: u8) {
         match what % 8 {
+            0..=2 if self.packed => {
+                self.make_available(value, more);
+                self.kick.notify();
+            }
             0..=2 => {
                 // Most indices are a few entries ahead; some are anything.
-                let index = if more & 0xc0 == 0xc0 { value } else { self.base.wrapping_add(u16::from(more) % (self.size.get() + 1)) };
-                self.region.write(avail + 2, &index.to_le_bytes()).expect("inside");
+                let index = if more & 0xc0 == 0xc0 { value } else { self.base.wrapping_add(u16::from(more) % (self.size + 1)) };
+                self.region.write(self.areas.avail + 2, &index.to_le_bytes()).expect("inside");
                 self.kick.notify();
             }
             3 => self.region.write(u64::from(value), &[more]).expect("inside"),

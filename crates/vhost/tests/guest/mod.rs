@@ -1,18 +1,21 @@
-//! The driver's side of a split ring, as a guest has it: any layout of chains, event index or not, indirect or not.
+//! The driver's side of a ring of either kind, as a guest has it: any layout of chains, event index or not, indirect or not.
 //!
 //! A request is two runs of bytes: what the device reads (header, data to write) and what it writes (data read, status). Each run
 //! is cut wherever the test likes. Every request has a slot of memory of its own.
 
 #![allow(dead_code)]
 
+pub mod packed;
+pub mod split;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
-use qpair_memory::{Mapping, Region, Shared, SharedIndex};
+use packed::PackedSide;
+use qpair_memory::{Mapping, Region};
 use qpair_vhost::{Addresses, MemoryRow, Source};
-use qpair_wire::virtio::{AvailFlags, Desc, DescFlags, RingLayout, RingSize, UsedFlags, need_event};
 use qpair_wire::virtio_blk::{RequestHeader, RequestType};
+use split::SplitSide;
 use zerocopy::IntoBytes;
 
 /// Guest-physical address of the first byte.
@@ -34,6 +37,27 @@ pub fn row(source: Source, length: u64) -> MemoryRow {
 /// A second mapping of the same memory, for the device alone to hold.
 pub fn view(memory: &Mapping) -> Arc<Mapping> {
     Mapping::shared(memory.fd().expect("a memfd"), memory.len() as u64).expect("mapped")
+}
+
+/// Which ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Split,
+    Packed,
+}
+
+impl Kind {
+    pub const BOTH: [Self; 2] = [Self::Split, Self::Packed];
+
+    /// What a front end says of a ring that was never used.
+    pub fn start(self) -> u32 {
+        if self == Self::Packed { 0x8000_8000 } else { 0 }
+    }
+
+    /// RING_PACKED, if it is.
+    pub fn feature(self) -> u64 {
+        if self == Self::Packed { 1 << 34 } else { 0 }
+    }
 }
 
 /// What to ask for.
@@ -82,82 +106,90 @@ pub struct Done {
 
 struct Chain {
     slot: usize,
-    descriptors: Vec<u16>,
     status_at: u64,
+}
+
+/// A buffer: guest address, bytes, and flags WRITE or INDIRECT.
+pub type Buffer = (u64, u32, u16);
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
+
+/// What differs between the kinds.
+pub enum RingSide {
+    Split(SplitSide),
+    Packed(PackedSide),
+}
+
+macro_rules! side {
+    ($driver:expr, $side:ident => $what:expr) => {
+        match $driver {
+            RingSide::Split($side) => $what,
+            RingSide::Packed($side) => $what,
+        }
+    };
 }
 
 /// One ring and its driver.
 pub struct Driver {
     pub region: Region,
-    pub size: RingSize,
     pub event_idx: bool,
-    pub avail_idx: u16,
-    pub last_used: u16,
-    kicked: u16,
-    layout: RingLayout,
-    desc: Shared<[u64; 2]>,
-    avail: Shared<u16>,
-    used: Shared<[u32; 2]>,
-    avail_index: SharedIndex,
-    used_index: SharedIndex,
-    avail_flags: SharedIndex,
-    used_flags: SharedIndex,
-    used_event: SharedIndex,
-    avail_event: SharedIndex,
+    pub side: RingSide,
+    size: u16,
     slots_at: u64,
-    free_descriptors: Vec<u16>,
     free_slots: Vec<usize>,
     chains: BTreeMap<u16, Chain>,
 }
 
 impl Driver {
-    /// Bytes that a ring of `size` with `slots` needs.
-    pub fn bytes(size: RingSize, slots: usize) -> u64 {
-        let end = size.layout(0, 4).expect("a layout").end;
-        end.next_multiple_of(4096) + slots as u64 * SLOT_BYTES
+    /// Bytes that a ring of `size` with `slots` needs, of whatever kind.
+    pub fn bytes(size: u16, slots: usize) -> u64 {
+        Self::slots_offset(size) + slots as u64 * SLOT_BYTES
     }
 
-    /// A ring at `at` of the memory, its indices at `base`.
-    pub fn new(memory: &Arc<Mapping>, at: u64, size: RingSize, slots: usize, event_idx: bool, base: u16) -> Self {
+    fn slots_offset(size: u16) -> u64 {
+        (u64::from(size) * 26 + 64).next_multiple_of(4096)
+    }
+
+    /// A ring at `at` of the memory that was never used; or as one whose indices came to `base`, which a device is told.
+    pub fn new(kind: Kind, memory: &Arc<Mapping>, at: u64, size: u16, slots: usize, event_idx: bool, base: u32) -> Self {
         let region = Region::new(memory.clone());
-        let layout = size.layout(at, 4).expect("a layout");
-        region.fill(at, layout.end - at, 0).unwrap();
-        let entries = usize::from(size.get());
-        let index = |at| SharedIndex::new(&region, at).unwrap();
-        let (avail_index, used_index) = (index(layout.avail + 2), index(layout.used + 2));
-        avail_index.store(base, Ordering::Relaxed);
-        used_index.store(base, Ordering::Relaxed);
-        Self {
-            avail_flags: index(layout.avail),
-            used_flags: index(layout.used),
-            used_event: index(layout.avail + size.used_event_offset()),
-            avail_event: index(layout.used + size.avail_event_offset()),
-            desc: Shared::new(&region, layout.desc, entries).unwrap(),
-            avail: Shared::new(&region, layout.avail + 4, entries).unwrap(),
-            used: Shared::new(&region, layout.used + 4, entries).unwrap(),
-            avail_index,
-            used_index,
-            slots_at: layout.end.next_multiple_of(4096),
-            free_descriptors: (0..size.get()).rev().collect(),
-            free_slots: (0..slots).rev().collect(),
-            chains: BTreeMap::new(),
-            avail_idx: base,
-            last_used: base,
-            kicked: base,
-            region,
-            size,
-            event_idx,
-            layout,
-        }
+        let slots_at = at + Self::slots_offset(size);
+        region.fill(at, Self::slots_offset(size), 0).unwrap();
+        let side = match kind {
+            Kind::Split => RingSide::Split(SplitSide::new(&region, at, size, event_idx, base as u16)),
+            Kind::Packed => RingSide::Packed(PackedSide::new(&region, at, size, event_idx, base)),
+        };
+        Self { region, event_idx, side, size, slots_at, free_slots: (0..slots).rev().collect(), chains: BTreeMap::new() }
+    }
+
+    pub fn kind(&self) -> Kind {
+        if matches!(self.side, RingSide::Split(_)) { Kind::Split } else { Kind::Packed }
+    }
+
+    /// The split ring's side. Panics if it is none.
+    pub fn split(&mut self) -> &mut SplitSide {
+        let RingSide::Split(side) = &mut self.side else { panic!("a packed ring") };
+        side
+    }
+
+    /// As [`split`](Self::split), to look and to store.
+    pub fn as_split(&self) -> &SplitSide {
+        let RingSide::Split(side) = &self.side else { panic!("a packed ring") };
+        side
+    }
+
+    /// The packed ring's side. Panics if it is none.
+    pub fn packed(&mut self) -> &mut PackedSide {
+        let RingSide::Packed(side) = &mut self.side else { panic!("a split ring") };
+        side
+    }
+
+    pub fn size(&self) -> u16 {
+        self.size
     }
 
     pub fn addresses(&self) -> Addresses {
-        Addresses { desc: USER + self.layout.desc, avail: USER + self.layout.avail, used: USER + self.layout.used }
-    }
-
-    /// Where the ring's areas and slots lie in the memory.
-    pub fn layout(&self) -> RingLayout {
-        self.layout
+        side!(&self.side, side => side.addresses())
     }
 
     /// Guest address of a slot's data.
@@ -192,10 +224,6 @@ impl Driver {
         self.region.write(self.data_at(slot), bytes).unwrap();
     }
 
-    pub fn store_descriptor(&self, index: u16, desc: Desc) {
-        self.desc.store(usize::from(index), zerocopy::transmute!(desc));
-    }
-
     /// Puts a request into the ring: not seen by the device before [`publish`](Self::publish). None: no room.
     pub fn add(&mut self, ask: &Ask) -> Option<(u16, usize)> {
         let slot = *self.free_slots.last()?;
@@ -205,108 +233,72 @@ impl Driver {
         self.region.write(at + HEADER_AT, header.as_bytes()).unwrap();
         let status_at = at + DATA_AT + u64::from(ask.bytes);
         self.region.fill(status_at, 1, 0xff).unwrap();
-        let mut pieces = cut(at + HEADER_AT, readable, &ask.read_cuts, false);
-        pieces.extend(cut(at + DATA_AT + if ask.out { u64::from(ask.bytes) } else { 0 }, writable, &ask.write_cuts, true));
-        let direct = ask.direct.map_or(pieces.len(), |direct| direct.min(pieces.len() - 1));
-        let count = direct + usize::from(direct < pieces.len());
-        if self.free_descriptors.len() < count {
-            return None;
+        let mut pieces = cut(at + HEADER_AT, readable, &ask.read_cuts, 0);
+        pieces.extend(cut(at + DATA_AT + if ask.out { u64::from(ask.bytes) } else { 0 }, writable, &ask.write_cuts, WRITE));
+        // A packed ring's chain is direct or a table, never both.
+        let tabled = ask.direct.is_some_and(|direct| direct < pieces.len());
+        let direct = match ask.direct {
+            Some(direct) if tabled && self.kind() == Kind::Split => direct.min(pieces.len() - 1),
+            Some(_) if tabled => 0,
+            _ => pieces.len(),
+        };
+        let mut buffers = pieces[..direct].to_vec();
+        if tabled {
+            let table = side!(&self.side, side => side.table(&pieces[direct..]));
+            self.region.write(at + TABLE_AT, &table).unwrap();
+            buffers.push((GUEST + at + TABLE_AT, table.len() as u32, INDIRECT));
         }
-        let descriptors = self.free_descriptors.split_off(self.free_descriptors.len() - count);
-        for (position, index) in descriptors.iter().enumerate() {
-            let next = descriptors.get(position + 1).copied();
-            let desc = if position < direct { describe(pieces[position], next) } else { self.table(at, &pieces[direct..]) };
-            self.store_descriptor(*index, desc);
-        }
+        let id = side!(&mut self.side, side => side.put(&buffers))?;
         self.free_slots.pop();
-        let head = descriptors[0];
-        self.chains.insert(head, Chain { slot, descriptors, status_at });
-        self.push(head);
-        Some((head, slot))
-    }
-
-    fn table(&self, slot_at: u64, pieces: &[Piece]) -> Desc {
-        for (position, piece) in pieces.iter().enumerate() {
-            let next = (position + 1 < pieces.len()).then_some(position as u16 + 1);
-            self.region.write(slot_at + TABLE_AT + 16 * position as u64, describe(*piece, next).as_bytes()).unwrap();
-        }
-        Desc::new(GUEST + slot_at + TABLE_AT, 16 * pieces.len() as u32, DescFlags::INDIRECT, 0)
-    }
-
-    /// Puts any head into the avail ring.
-    pub fn push(&mut self, head: u16) {
-        self.avail.store(usize::from(self.size.slot(self.avail_idx)), head.to_le());
-        self.avail_idx = self.avail_idx.wrapping_add(1);
+        let before = self.chains.insert(id, Chain { slot, status_at });
+        assert!(before.is_none(), "the test's driver gave id {id} twice");
+        Some((id, slot))
     }
 
     /// Shows the requests to the device. True: it wants a kick.
     pub fn publish(&mut self) -> bool {
-        self.avail_index.store(self.avail_idx, Ordering::Release);
-        fence(Ordering::SeqCst);
-        let old = std::mem::replace(&mut self.kicked, self.avail_idx);
-        if self.event_idx {
-            need_event(self.avail_event.load(Ordering::Relaxed), self.avail_idx, old)
-        } else {
-            self.used_flags.load(Ordering::Relaxed) & UsedFlags::NO_NOTIFY.bits() == 0
-        }
+        side!(&mut self.side, side => side.publish())
     }
 
-    /// Shows the device any avail index.
-    pub fn publish_index(&mut self, index: u16) {
-        self.avail_index.store(index, Ordering::Release);
-    }
-
-    /// The device's used index.
-    pub fn used_index(&self) -> u16 {
-        self.used_index.load(Ordering::Acquire)
+    /// Where the ring stands when all is answered that the device has shown: what a device that stopped must say.
+    pub fn base(&self) -> u32 {
+        side!(&self.side, side => side.base())
     }
 
     /// Asks for an interrupt at the next answer, or for none. False: there are answers already.
     pub fn want_interrupts(&self, wanted: bool) -> bool {
-        if self.event_idx {
-            self.used_event.store(if wanted { self.last_used } else { self.last_used.wrapping_sub(1) }, Ordering::Relaxed);
-        } else {
-            let flags = if wanted { AvailFlags::empty() } else { AvailFlags::NO_INTERRUPT };
-            self.avail_flags.store(flags.bits(), Ordering::Relaxed);
-        }
-        fence(Ordering::SeqCst);
-        self.used_index() == self.last_used
+        side!(&self.side, side => side.want_interrupts(wanted))
+    }
+
+    /// Whether there is an answer to take.
+    pub fn answered(&self) -> bool {
+        side!(&self.side, side => side.answered())
+    }
+
+    /// Breaks a rule; the device must end the ring. Its number chooses how.
+    pub fn lie(&mut self, choice: u64, noise: u64) {
+        side!(&mut self.side, side => side.lie(choice, noise));
     }
 
     /// Takes an answer. Panics if it answers nothing that was asked: an entry too many, or one twice.
     pub fn reap(&mut self) -> Option<Done> {
-        if self.used_index() == self.last_used {
-            return None;
-        }
-        let [head, written] = self.used.load(usize::from(self.size.slot(self.last_used)));
-        let (head, written) = (u32::from_le(head) as u16, u32::from_le(written));
-        self.last_used = self.last_used.wrapping_add(1);
-        let chain = self.chains.remove(&head).unwrap_or_else(|| panic!("used entry for head {head}, which is not in flight"));
+        let (id, written) = side!(&mut self.side, side => side.reap())?;
+        let chain = self.chains.remove(&id).unwrap_or_else(|| panic!("used entry for {id}, which is not in flight"));
         let mut status = [0];
         self.region.read(chain.status_at, &mut status).unwrap();
-        self.free_descriptors.extend(&chain.descriptors);
         self.free_slots.push(chain.slot);
-        Some(Done { head, slot: chain.slot, written, status: status[0] })
+        Some(Done { head: id, slot: chain.slot, written, status: status[0] })
     }
 }
 
-type Piece = (u64, u32, bool);
-
-fn cut(at: u64, bytes: u32, cuts: &[u32], write: bool) -> Vec<Piece> {
+fn cut(at: u64, bytes: u32, cuts: &[u32], flags: u16) -> Vec<Buffer> {
     let mut pieces = Vec::new();
     let mut from = 0;
     for to in cuts.iter().copied().filter(|cut| *cut < bytes).chain([bytes]) {
         if to > from {
-            pieces.push((at + u64::from(from), to - from, write));
+            pieces.push((GUEST + at + u64::from(from), to - from, flags));
             from = to;
         }
     }
     pieces
-}
-
-fn describe((at, length, write): Piece, next: Option<u16>) -> Desc {
-    let mut flags = DescFlags::empty();
-    flags.set(DescFlags::WRITE, write);
-    flags.set(DescFlags::NEXT, next.is_some());
-    Desc::new(GUEST + at, length, flags, next.unwrap_or(0))
 }

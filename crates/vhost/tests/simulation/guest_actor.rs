@@ -7,11 +7,10 @@ use qpair_memory::Mapping;
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{Act, Rng};
 use qpair_vhost::{Answer, Broken, Command, Failure, Source, Target, VhostError};
-use qpair_wire::virtio::{Desc, DescFlags, RingSize};
 use qpair_wire::virtio_blk::RequestType;
 use std::os::fd::OwnedFd;
 
-use crate::guest::{self, Ask, Driver};
+use crate::guest::{self, Ask, Driver, Kind};
 
 pub const SLOTS: usize = 6;
 /// Blocks that belong to one slot of one queue: nobody else touches them.
@@ -33,7 +32,8 @@ pub struct Guest {
     pub call: Event,
     inflight: Option<(OwnedFd, u64)>,
     with_inflight: bool,
-    size: RingSize,
+    kind: Kind,
+    size: u16,
     event_idx: bool,
     plan: VecDeque<Step>,
     pending: Option<(Expect, Outcome)>,
@@ -51,7 +51,7 @@ struct Queue {
     driver: Driver,
     kick: Event,
     running: bool,
-    base: u16,
+    base: u32,
     asked: Vec<Option<(Ask, u8)>>,
     /// What each slot's blocks hold, if known.
     content: [Option<u8>; SLOTS],
@@ -79,11 +79,26 @@ enum Expect {
 }
 
 impl Guest {
-    pub fn new(target: Arc<Target>, failures: Arc<Mutex<Vec<Failure>>>, rng: &mut Rng, queues: usize, left: u32, faithful: bool) -> Self {
-        let size = RingSize::new(*rng.pick(&[1, 2, 8, 16, 64])).unwrap();
+    pub fn new(
+        target: Arc<Target>,
+        failures: Arc<Mutex<Vec<Failure>>>,
+        rng: &mut Rng,
+        kind: Kind,
+        queues: usize,
+        left: u32,
+        faithful: bool,
+    ) -> Self {
+        let size = match kind {
+            Kind::Split => *rng.pick(&[1, 2, 8, 16, 64]),
+            Kind::Packed => *rng.pick(&[1, 2, 5, 7, 16, 64, 100]),
+        };
         let (event_idx, with_inflight) = (rng.chance(1, 2), rng.chance(1, 2));
         let memory = Mapping::memfd("guest", MEMORY as usize).unwrap();
-        let base = *rng.pick(&[0, 65530, 40000]);
+        let base = match kind {
+            Kind::Split => *rng.pick(&[0, 65530, 40000]),
+            // A ring that is in its first lap, or at the end of its second.
+            Kind::Packed => *rng.pick(&[0x8000_8000, u32::from(size - 1) << 16 | u32::from(size - 1)]),
+        };
         let mut guest = Self {
             target,
             failures,
@@ -95,6 +110,7 @@ impl Guest {
             call: Event::simulated(),
             inflight: None,
             with_inflight,
+            kind,
             size,
             event_idx,
             plan: VecDeque::new(),
@@ -114,9 +130,9 @@ impl Guest {
         guest
     }
 
-    fn fresh_queue(&self, index: usize, base: u16) -> Queue {
+    fn fresh_queue(&self, index: usize, base: u32) -> Queue {
         let at = index as u64 * Driver::bytes(self.size, SLOTS).next_multiple_of(4096);
-        let driver = Driver::new(&self.memory, at, self.size, SLOTS, self.event_idx, base);
+        let driver = Driver::new(self.kind, &self.memory, at, self.size, SLOTS, self.event_idx, base);
         let asked = vec![None; SLOTS];
         Queue { driver, kick: Event::simulated(), running: false, base, asked, content: [None; SLOTS], broken: false }
     }
@@ -124,7 +140,7 @@ impl Guest {
     /// All that a front end says before its rings run.
     fn connect(&mut self) {
         let event = if self.event_idx { 1 << 29 } else { 0 };
-        self.plan.push_back(Step::Send(Command::SetFeatures(1 << 32 | 1 << 30 | 1 << 28 | event)));
+        self.plan.push_back(Step::Send(Command::SetFeatures(1 << 32 | 1 << 30 | 1 << 28 | event | self.kind.feature())));
         if self.with_inflight {
             self.plan.push_back(Step::NewInflight);
         }
@@ -136,7 +152,7 @@ impl Guest {
 
     fn start(&mut self, index: usize) {
         let queue = index as u16;
-        let (size, addresses) = (u32::from(self.size.get()), self.queues[index].driver.addresses());
+        let (size, addresses) = (u32::from(self.size), self.queues[index].driver.addresses());
         let steps = [
             Command::SetVringNum { queue, size },
             Command::SetVringAddr { queue, addresses },
@@ -160,7 +176,7 @@ impl Guest {
         for queue in &mut self.queues {
             (queue.running, queue.kick) = (false, Event::simulated());
             // What a front end does that lost its device without a base: the used index.
-            queue.base = queue.driver.used_index();
+            queue.base = queue.driver.base();
         }
         self.plan.push_back(Step::Open);
         self.connect();
@@ -180,11 +196,7 @@ impl Guest {
     }
 
     pub fn state(&self) -> String {
-        let open: Vec<_> = self
-            .queues
-            .iter()
-            .map(|queue| (queue.driver.outstanding(), queue.running, queue.driver.used_index(), queue.driver.avail_idx))
-            .collect();
+        let open: Vec<_> = self.queues.iter().map(|queue| (queue.driver.outstanding(), queue.running, queue.driver.base())).collect();
         format!("left {}, pending {}, plan {}, queues {open:?}", self.left, self.pending.is_some(), self.plan.len())
     }
 
@@ -287,7 +299,7 @@ impl Guest {
         ask.read_cuts.sort_unstable();
         ask.write_cuts.sort_unstable();
         ask.direct = rng.chance(1, 2).then(|| rng.below(3) as usize);
-        if u32::from(queue.driver.size.get()) < 8 {
+        if queue.driver.size() < 8 {
             ask.direct = Some(0);
         }
         let value = rng.next() as u8;
@@ -321,7 +333,7 @@ impl Guest {
                 self.connect();
             }
             7 => {
-                let features = 1 << 32 | 1 << 30 | 1 << 28 | if self.event_idx { 1 << 29 } else { 0 };
+                let features = 1 << 32 | 1 << 30 | 1 << 28 | if self.event_idx { 1 << 29 } else { 0 } | self.kind.feature();
                 self.plan.push_back(Step::Send(Command::SetFeatures(features)));
             }
             _ => self.lie(queue, rng),
@@ -335,16 +347,7 @@ impl Guest {
             return;
         }
         queue.broken = true;
-        let head = rng.below(u64::from(self.size.get())) as u16;
-        let next = DescFlags::NEXT;
-        match rng.below(5) {
-            0 => queue.driver.publish_index(queue.driver.avail_idx.wrapping_add(self.size.get() + 1 + rng.below(1000) as u16)),
-            1 => queue.driver.store_descriptor(head, Desc::new(guest::GUEST, 16, next, head)),
-            2 => queue.driver.store_descriptor(head, Desc::new(rng.next(), rng.next() as u32, DescFlags::empty(), 0)),
-            3 => queue.driver.store_descriptor(head, Desc::new(u64::MAX - 8, 64, next, self.size.get())),
-            _ => queue.driver.store_descriptor(head, Desc::new(guest::GUEST + 8, 17, DescFlags::INDIRECT, 0)),
-        }
-        queue.driver.push(if rng.chance(1, 2) { head } else { rng.next() as u16 });
+        queue.driver.lie(rng.next(), rng.next());
         let _ = queue.driver.publish();
         queue.kick.notify();
         self.stop_all();
@@ -371,7 +374,7 @@ impl Guest {
             (Expect::Base(index), Answer::Base(base)) => {
                 let queue = &mut self.queues[index];
                 if !queue.broken {
-                    assert_eq!(base, queue.driver.used_index(), "the base is what was taken, and all of it is answered");
+                    assert_eq!(base, queue.driver.base(), "the base is what was taken, and all of it is answered");
                 }
                 (queue.base, queue.running) = (base, false);
             }
@@ -388,7 +391,7 @@ impl Guest {
                 assert!(self.view.upgrade().is_none(), "the session is closed, yet its memory is held");
                 for queue in &mut self.queues {
                     queue.running = false;
-                    queue.base = queue.driver.used_index();
+                    queue.base = queue.driver.base();
                 }
             }
             _ => {}
@@ -396,7 +399,7 @@ impl Guest {
     }
 
     fn set_inflight(&self, fd: OwnedFd, size: u64) -> Command {
-        let (num_queues, queue_size) = (self.queues.len() as u16, self.size.get());
+        let (num_queues, queue_size) = (self.queues.len() as u16, self.size);
         Command::SetInflight { fd, size, offset: 0, num_queues, queue_size }
     }
 
@@ -421,7 +424,7 @@ impl Guest {
                     self.send(command, Expect::Done);
                 }
                 None => {
-                    let (num_queues, queue_size) = (self.queues.len() as u16, self.size.get());
+                    let (num_queues, queue_size) = (self.queues.len() as u16, self.size);
                     self.send(Command::GetInflight { num_queues, queue_size }, Expect::Inflight);
                 }
             },
@@ -430,14 +433,14 @@ impl Guest {
                 self.memory = Mapping::memfd("guest", MEMORY as usize).unwrap();
                 self.inflight = None;
                 for index in 0..self.queues.len() {
-                    self.queues[index] = self.fresh_queue(index, 0);
+                    self.queues[index] = self.fresh_queue(index, self.kind.start());
                 }
                 self.connect();
             }
             Step::Mark(index, running) => {
                 let queue = &mut self.queues[index];
                 queue.running = running;
-                let (number, base, kick) = (index as u16, u32::from(queue.base), queue.kick.twin().unwrap());
+                let (number, base, kick) = (index as u16, queue.base, queue.kick.twin().unwrap());
                 self.plan.push_front(Step::Send(Command::SetVringKick { queue: number, kick: Some(kick) }));
                 self.plan.push_front(Step::Send(Command::SetVringBase { queue: number, base }));
                 self.advance();

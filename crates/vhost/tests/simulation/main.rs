@@ -17,11 +17,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use device::{Manners, Slow};
+use guest::Kind;
 use guest_actor::{Guest, SLOTS};
 use qpair_bdev::{Layer, Registry, lifecycle};
 use qpair_memory::{Mapping, Pages};
 use qpair_reactor::sim::{self, Rng, World};
-use qpair_vhost::{Failure, Target};
+use qpair_vhost::{Failure, Options, Target};
 
 const BLOCKS: u64 = 4096;
 
@@ -40,7 +41,7 @@ fn serve(world: &mut World, queues: usize, manners: Manners, disk: &Arc<Mapping>
     let failures = Arc::new(Mutex::new(Vec::new()));
     let heard = failures.clone();
     let target = Target::new(registry.clone(), move |failure| heard.lock().unwrap().push(failure));
-    target.create("vd", "disk", world.handles(), false, queues as u32).unwrap();
+    target.create("vd", "disk", world.handles(), Options { packed_ring: true, num_queues: queues as u32, ..Options::default() }).unwrap();
     // A disk that never stalls is given all the time that a resize on four reactors may take: none of its requests may be aborted.
     let drain_ns = if manners.stalls > 0 { 2_000_000 } else { 500_000_000 };
     target.set_drain_ns("vd", drain_ns).unwrap();
@@ -108,7 +109,7 @@ struct Scenario {
     kills: u64,
 }
 
-fn run(seed: u64, scenario: &Scenario) -> Total {
+fn run(seed: u64, kind: Kind, scenario: &Scenario) -> Total {
     let mut total = Total { seeds: 1, ..Total::default() };
     let mut rng = Rng::new(seed ^ 0x5eed);
     let (reactors, queues) = (rng.between(1, 4) as usize, rng.between(1, 3) as usize);
@@ -117,7 +118,7 @@ fn run(seed: u64, scenario: &Scenario) -> Total {
     let mut world = World::new(seed, reactors);
     let mut side = serve(&mut world, queues, scenario.manners, &disk);
     let faithful = scenario.manners.fails + scenario.manners.stalls == 0;
-    let mut guest = Guest::new(side.target.clone(), side.failures.clone(), &mut rng, queues, 40, faithful);
+    let mut guest = Guest::new(side.target.clone(), side.failures.clone(), &mut rng, kind, queues, 40, faithful);
     guest.stalls = scenario.manners.stalls > 0;
     let guest = Rc::new(RefCell::new(guest));
     act(&mut world, &guest);
@@ -164,8 +165,13 @@ const FAITHFUL: Scenario = Scenario { manners: Manners { fails: 0, stalls: 0 }, 
 const UNRULY: Manners = Manners { fails: 30, stalls: 20 };
 
 fn seeds(name: &str, count: u64, scenario: &Scenario) {
+    seeds_of(Kind::Split, name, count, scenario);
+    seeds_of(Kind::Packed, &format!("{name}-packed"), count, scenario);
+}
+
+fn seeds_of(kind: Kind, name: &str, count: u64, scenario: &Scenario) {
     let total = std::cell::Cell::new(Total::default());
-    sim::run_seeds(name, count, |seed| total.set(total.get() + run(seed, scenario)));
+    sim::run_seeds(name, count, |seed| total.set(total.get() + run(seed, kind, scenario)));
     let total = total.get();
     eprintln!("simulation {name}: {total:?}");
     if count <= total.seeds {

@@ -3,6 +3,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::inflight::Inflight;
+use qpair_memory::Mapping;
+use qpair_wire::vhost_user::inflight_region_bytes;
 
 const SIZE: u16 = 8;
 
@@ -17,7 +20,7 @@ fn bytes() -> usize {
     inflight_region_bytes(1, SIZE) as usize
 }
 
-fn fresh() -> (Inflight, InflightQueue) {
+fn fresh() -> (Inflight, SplitTracker) {
     let (inflight, _) = region(&vec![0; bytes()]);
     let mut queue = inflight.queue(0, SIZE).unwrap();
     assert_eq!(queue.recover(40), Ok(Recovered { used_before: false, heads: vec![] }));
@@ -37,25 +40,25 @@ fn refusal(inflight: &Inflight, ring_used: u16) -> String {
 #[test]
 fn marked_requests_come_back_oldest_first() {
     let (inflight, mut queue) = fresh();
-    [5, 1, 7, 0].iter().for_each(|head| queue.mark(*head));
+    [5, 1, 7, 0].iter().for_each(|head| queue.note(*head));
     assert_eq!(recovered(&inflight, 40), [5, 1, 7, 0]);
     let mut successor = inflight.queue(0, SIZE).unwrap();
     assert_eq!(successor.recover(40).unwrap().heads, [5, 1, 7, 0], "looking changes nothing");
-    successor.mark(3);
+    successor.note(3);
     assert_eq!(recovered(&inflight, 40), [5, 1, 7, 0, 3], "the counter goes on");
 }
 
 #[test]
 fn a_batch_is_answered_from_the_moment_the_used_index_shows_it() {
     let (inflight, mut queue) = fresh();
-    [5, 1, 7].iter().for_each(|head| queue.mark(*head));
-    queue.add_done(1);
-    queue.add_done(7);
+    [5, 1, 7].iter().for_each(|head| queue.note(*head));
+    queue.link(1);
+    queue.link(7);
     let before = inflight_copy(&inflight);
     assert_eq!(recovered(&before, 40), [5, 1, 7], "not shown to the driver");
     let between = inflight_copy(&inflight);
     assert_eq!(recovered(&between, 42), [5], "shown, and the marks still on");
-    queue.end_batch(42);
+    queue.forget_batch(42);
     assert_eq!(recovered(&inflight, 42), [5]);
 }
 
@@ -68,8 +71,8 @@ fn inflight_copy(inflight: &Inflight) -> Inflight {
 #[test]
 fn a_region_that_contradicts_itself_is_refused_by_name() {
     let (inflight, mut queue) = fresh();
-    queue.mark(2);
-    queue.add_done(2);
+    queue.note(2);
+    queue.link(2);
     let region = Region::new(inflight.mapping.clone());
     let lie = |at: u64, value: u16| region.write(at, &value.to_le_bytes()).unwrap();
     assert_eq!(refusal(&inflight, 49), "inflight region: its used index is 9 behind a ring of 8");
@@ -88,7 +91,7 @@ fn a_region_that_contradicts_itself_is_refused_by_name() {
 #[test]
 fn a_batch_linked_in_a_circle_ends() {
     let (inflight, mut queue) = fresh();
-    queue.mark(2);
+    queue.note(2);
     let region = Region::new(inflight.mapping.clone());
     let entry = inflight_desc_offset(0, SIZE, 2);
     region.write(entry, &(MARK | 2 << LINK_SHIFT).to_le_bytes()).unwrap();
@@ -100,7 +103,8 @@ fn a_batch_linked_in_a_circle_ends() {
 fn a_region_is_adopted_only_if_it_holds_what_it_says() {
     let mapping = Mapping::memfd("inflight", 8192).unwrap();
     let fd = mapping.fd().unwrap().try_clone_to_owned().unwrap();
-    let text = |size, offset, queues, entries| Inflight::adopt(&fd, size, offset, queues, entries).err().map(|error| error.to_string());
+    let text =
+        |size, offset, queues, entries| Inflight::adopt(&fd, size, offset, queues, entries, false).err().map(|error| error.to_string());
     assert_eq!(text(8192, 0, 1, 64), None);
     let small = inflight_region_bytes(1, 64) - 1;
     assert_eq!(
@@ -113,7 +117,7 @@ fn a_region_is_adopted_only_if_it_holds_what_it_says() {
     assert_eq!(text(8192, 0, 0, 64), Some("Invalid argument: inflight num_queues 0: 1 to 256".to_owned()));
     assert_eq!(text(8192, 0, 1, 63), Some("Invalid argument: inflight queue_size 63: a power of two up to 32768".to_owned()));
     assert_eq!(text(8192, 0, 1, 0), Some("Invalid argument: inflight queue_size 0: a power of two up to 32768".to_owned()));
-    let odd = Inflight::adopt(&fd, 4096, 3, 1, 64).unwrap();
+    let odd = Inflight::adopt(&fd, 4096, 3, 1, 64, false).unwrap();
     assert!(matches!(odd.queue(0, 64), Err(Broken::Inflight(_))), "an odd offset");
 }
 
