@@ -144,6 +144,22 @@ def vhost_null(report: Report) -> None:
                 report.add("  ratio", f"{ratio:.1f} x", "at least 4 x" if wanted else "", ratio >= 4 if wanted else None)
 
 
+def packed(report: Report) -> None:
+    """Packed rings against split ones: the same null, the same client, in turn."""
+    with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)):
+        sockets = [
+            servers.export(Path(name), kind, "bdev_null_create", packed_ring=kind == "packed", num_blocks=DISK_BLOCKS, block_size=4096)
+            for kind in ("split", "packed")
+        ]
+        for depth in (1, 128):
+            split, other = medians(*(lambda s=socket: float(servers.load(f"vhost:{s}", depth=depth)["iops"]) for socket in sockets))  # type: ignore[misc]  # noqa: B023
+            ratio = middle(other) / middle(split)
+            report.raw[f"packed_{depth}"] = {"split": split, "packed": other}
+            report.add(f"vhost, null, randread, depth {depth}, split ring", million(middle(split)))
+            report.add(f"vhost, null, randread, depth {depth}, packed ring", million(middle(other)))
+            report.add("  ratio", f"{ratio:.2f} x", "at least 1 x", ratio >= 1)
+
+
 def depth_one(report: Report) -> None:
     """One I/O at a time: against the ping-pong while polling, against qemu-storage-daemon when both sleep."""
     with tempfile.TemporaryDirectory() as name, servers.qpair_server(Path(name)):
@@ -330,6 +346,7 @@ FIGURES: dict[str, Callable[[Report], None]] = {
     "raid": raid,
     "vhost_malloc": vhost_malloc,
     "vhost_null": vhost_null,
+    "packed": packed,
     "depth_one": depth_one,
     "asleep": asleep,
     "idle": idle,

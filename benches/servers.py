@@ -106,10 +106,10 @@ def qpair_server(folder: Path, *options: str, core: int | None = None) -> Iterat
         yield process
 
 
-def export(folder: Path, name: str, method: str, **params: Any) -> Path:
-    """A new bdev behind a socket of its own."""
+def export(folder: Path, name: str, method: str, *, packed_ring: bool = False, **params: Any) -> Path:
+    """A new bdev behind a socket of its own. ``packed_ring``: packed rings are offered, and our client takes them."""
     rpc(folder / "rpc.sock", method, name=name, **params)
-    rpc(folder / "rpc.sock", "vhost_create_blk_controller", ctrlr=f"{name}.sock", dev_name=name)
+    rpc(folder / "rpc.sock", "vhost_create_blk_controller", ctrlr=f"{name}.sock", dev_name=name, packed_ring=packed_ring)
     return folder / f"{name}.sock"
 
 

@@ -81,14 +81,17 @@ class Disk:
     image: Path | None = None
 
 
-@pytest.fixture(params=["storage-daemon", "qpair-aio", "qpair-uring-4096", "qpair-malloc"])
+@pytest.fixture(params=["storage-daemon", "qpair-aio", "qpair-uring-4096", "qpair-malloc", "qpair-packed"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path, image: Path) -> Iterator[Disk]:
     if request.param == "storage-daemon":
         with StorageDaemon(request.getfixturevalue("guest"), tmp_path, image) as daemon:
             yield Disk(daemon.socket, 512, "vhost_user_blk", ("plain",), image)
         return
     server: QpairServer = request.getfixturevalue("qpair_server")
-    if request.param == "qpair-malloc":
+    if request.param == "qpair-packed":
+        server.rpc("bdev_aio_create", name="disk0", filename=str(image), block_size=512, fallocate=True)
+        yield Disk(server.export_disk("vhost.0", "disk0", packed_ring=True), 512, "disk0", ("packed",), image)
+    elif request.param == "qpair-malloc":
         server.rpc("bdev_malloc_create", name="disk0", num_blocks=AREA_SECTORS, block_size=512)
         yield Disk(server.export_disk("vhost.0", "disk0"), 512, "disk0")
     elif request.param == "qpair-aio":

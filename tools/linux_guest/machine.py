@@ -227,7 +227,10 @@ def vhost_user_blk_args(socket: Path, *, queues: int = 2, queue_size: int = 128,
     """QEMU arguments that attach a vhost-user-blk disk. ``packed``: the guest is offered packed rings if the server offers them."""
     return [
         *("-chardev", f"socket,id={name}-socket,path={socket}"),
-        *("-device", f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues},queue-size={queue_size}{',packed=on' if packed else ''}"),
+        *(
+            "-device",
+            f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues},queue-size={queue_size}{',packed=on' if packed else ''}",
+        ),
     ]
 
 
