@@ -28,4 +28,5 @@ def test_bytes_cross_our_initiator_and_our_target_by_packed_rings(qpair_server: 
         stored = image.read_bytes()
         assert (stored[:1536], stored[1536:71680]) == (b"\x17" * 1536, bytes([value]) * 70144)
         [position] = positions(qpair_server, name)
-        assert position > 0 and position >> 15 == int(packed), f"{position:#x}"
+        assert position > 0
+        assert position >> 15 == int(packed), f"{position:#x}"
