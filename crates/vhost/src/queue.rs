@@ -418,7 +418,7 @@ impl<R: Kind> Queue<R> {
     /// What the chain asks for. A chain that is in flight, or could never be answered, is refused.
     #[inline]
     fn look(&self, mut chain: impl Chain, list: &mut SgList) -> Result<(Request, Taken), Broken> {
-        let request = match request::parse_usual(&mut chain, &self.memory, list) {
+        let request = match request::parse_usual(&mut chain, &self.memory, self.setup.indirect, list) {
             Some(request) => request,
             None => request::parse(&mut chain, &self.memory, self.setup.indirect, list)?,
         };

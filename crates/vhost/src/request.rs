@@ -31,34 +31,80 @@ pub struct Request {
     pub header_at: Option<Place>,
 }
 
-/// The usual request, by the short way: a header alone, data in one direction and in the likely region, a status alone. None:
-/// it is something else, or wrong; `data` is as it was, and [`parse`] finds out.
+const MORE: DescFlags = DescFlags::NEXT;
+const WRITE_MORE: DescFlags = DescFlags::NEXT.union(DescFlags::WRITE);
+const SHAPE: DescFlags = WRITE_MORE.union(DescFlags::INDIRECT);
+
+/// The usual request, by the short way: a header alone, data in one direction and in the likely region, a status alone; in the ring, or all of
+/// it in a table. None: it is something else, or wrong; `data` is as it was, and [`parse`] finds out.
 #[inline]
-pub fn parse_usual(chain: &mut impl Chain, memory: &GuestMemory, data: &mut SgList) -> Option<Request> {
-    const READ_MORE: DescFlags = DescFlags::NEXT;
-    const WRITE_MORE: DescFlags = DescFlags::NEXT.union(DescFlags::WRITE);
-    const SHAPE: DescFlags = WRITE_MORE.union(DescFlags::INDIRECT);
+pub fn parse_usual<C: Chain>(chain: &mut C, memory: &GuestMemory, indirect: bool, data: &mut SgList) -> Option<Request> {
     let first = chain.first().ok()?;
-    if first.flags.intersection(SHAPE) != READ_MORE || first.length != 16 {
+    let mut rest = None;
+    let first = match first.flags.intersection(SHAPE) {
+        MORE => first,
+        DescFlags::INDIRECT if indirect => {
+            let [header, body, status] = three_rows::<C>(memory, &first)?;
+            rest = Some((body, status));
+            header
+        }
+        _ => return None,
+    };
+    if first.flags.intersection(SHAPE) != MORE || first.length != 16 {
         return None;
     }
     let (region, header_at) = memory.likely(first.address, 16)?;
     let header: [u64; 2] = Shared::<[u64; 2]>::read(region, header_at.offset)?;
-    let second = chain.next(&first).ok()?;
+    let (second, third) = match rest {
+        Some(rest) => rest,
+        None => {
+            let second = chain.next(&first).ok()?;
+            if !second.flags.contains(DescFlags::NEXT) {
+                return None;
+            }
+            (second, chain.next(&second).ok()?)
+        }
+    };
     let length = second.length;
     let (region, place) = memory.likely(second.address, u64::from(length))?;
     let (readable, writable) = match second.flags.intersection(SHAPE) {
-        READ_MORE => (u64::from(length), 0),
+        MORE => (u64::from(length), 0),
         WRITE_MORE => (0, u64::from(length)),
         _ => return None,
     };
-    let third = chain.next(&second).ok()?;
     let (_, status) = memory.likely(third.address, 1)?;
     if third.flags.intersection(SHAPE) != DescFlags::WRITE || third.length != 1 || length == 0 {
         return None;
     }
     data.push(Sge { region: region.clone(), offset: place.offset, length });
     Some(Request { header: zerocopy::transmute!(header), status, writable, readable, header_at: Some(header_at) })
+}
+
+/// A table of just three rows in the likely region, in order.
+#[inline]
+fn three_rows<C: Chain>(memory: &GuestMemory, first: &Buffer) -> Option<[Buffer; 3]> {
+    if first.length != 48 {
+        return None;
+    }
+    let (region, place) = memory.likely(first.address, 48)?;
+    let row = |index: u64| -> Option<Buffer> {
+        let words: [u64; 2] = Shared::<[u64; 2]>::read(region, place.offset + 16 * index)?;
+        Some(if C::LINKED_TABLES { linked(zerocopy::transmute!(words)) } else { listed(zerocopy::transmute!(words), index < 2) })
+    };
+    let rows = [row(0)?, row(1)?, row(2)?];
+    let in_order = !C::LINKED_TABLES || (rows[0].next == 1 && rows[1].next == 2);
+    in_order.then_some(rows)
+}
+
+fn linked(desc: Desc) -> Buffer {
+    Buffer { address: desc.addr.get(), length: desc.len.get(), flags: desc.flags(), next: desc.next.get() }
+}
+
+/// A row that others follow, or the last. All its flags but WRITE are ignored (2.8.7), except that a table in a table would be a lie.
+fn listed(desc: PackedDesc, more: bool) -> Buffer {
+    let mut flags = desc.flags().intersection(DescFlags::WRITE.union(DescFlags::INDIRECT));
+    flags.set(DescFlags::NEXT, more);
+    Buffer { address: desc.addr.get(), length: desc.len.get(), flags, next: 0 }
 }
 
 /// An indirect table that the walk is in.
@@ -100,18 +146,15 @@ impl<'a> Table<'a> {
 
     #[inline]
     fn linked(&self, index: u16) -> Result<Buffer, Broken> {
-        let desc: Desc = zerocopy::transmute!(self.read(u32::from(index))?);
-        Ok(Buffer { address: desc.addr.get(), length: desc.len.get(), flags: desc.flags(), next: desc.next.get() })
+        Ok(linked(zerocopy::transmute!(self.read(u32::from(index))?)))
     }
 
-    /// From first to last; all flags but WRITE are ignored (2.8.7), except that a table in a table would be a lie.
+    /// From first to last.
     #[inline]
     fn listed(&mut self) -> Result<Buffer, Broken> {
-        let desc: PackedDesc = zerocopy::transmute!(self.read(self.at)?);
+        let row = self.read(self.at)?;
         self.at += 1;
-        let mut flags = desc.flags().intersection(DescFlags::WRITE.union(DescFlags::INDIRECT));
-        flags.set(DescFlags::NEXT, self.at < self.count);
-        Ok(Buffer { address: desc.addr.get(), length: desc.len.get(), flags, next: 0 })
+        Ok(listed(zerocopy::transmute!(row), self.at < self.count))
     }
 }
 

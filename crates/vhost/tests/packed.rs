@@ -45,8 +45,7 @@ impl Bench {
     }
 
     fn parse(&self) -> Result<(Request, SgList, Taken), Broken> {
-        let (mut data, mut chain) = (SgList::new(), self.ring.chain());
-        request::parse(&mut chain, &self.memory, true, &mut data).map(|request| (request, data, chain.taken()))
+        guest::parse(self.ring.chain(), &self.memory)
     }
 
     /// The next chain made of these buffers, under this id.

@@ -44,8 +44,7 @@ impl Bench {
     }
 
     fn parse(&self, head: u16) -> Result<(Request, SgList), Broken> {
-        let mut data = SgList::new();
-        request::parse(&mut self.ring.chain_at(head), &self.memory, true, &mut data).map(|request| (request, data))
+        guest::parse(self.ring.chain_at(head), &self.memory).map(|(request, data, _)| (request, data))
     }
 
     /// The chain at 0 made of these descriptors, in order.

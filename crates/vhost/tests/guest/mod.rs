@@ -12,8 +12,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use packed::PackedSide;
-use qpair_memory::{Mapping, Region};
-use qpair_vhost::{Addresses, MemoryRow, Source};
+use qpair_memory::{GuestMemory, Mapping, Region, SgList};
+use qpair_vhost::request::{self, Request};
+use qpair_vhost::ring::{Chain, Taken};
+use qpair_vhost::{Addresses, Broken, MemoryRow, Source};
 use qpair_wire::virtio_blk::{RequestHeader, RequestType};
 use split::SplitSide;
 use zerocopy::IntoBytes;
@@ -104,7 +106,7 @@ pub struct Done {
     pub status: u8,
 }
 
-struct Chain {
+struct Asked {
     slot: usize,
     status_at: u64,
 }
@@ -137,7 +139,7 @@ pub struct Driver {
     size: u16,
     slots_at: u64,
     free_slots: Vec<usize>,
-    chains: BTreeMap<u16, Chain>,
+    chains: BTreeMap<u16, Asked>,
 }
 
 impl Driver {
@@ -250,7 +252,7 @@ impl Driver {
         }
         let id = side!(&mut self.side, side => side.put(&buffers))?;
         self.free_slots.pop();
-        let before = self.chains.insert(id, Chain { slot, status_at });
+        let before = self.chains.insert(id, Asked { slot, status_at });
         assert!(before.is_none(), "the test's driver gave id {id} twice");
         Some((id, slot))
     }
@@ -289,6 +291,20 @@ impl Driver {
         self.free_slots.push(chain.slot);
         Some(Done { head: id, slot: chain.slot, written, status: status[0] })
     }
+}
+
+/// Parses the long way, and looks that the short way, where it goes, comes to the same.
+pub fn parse<C: Chain>(mut chain: C, memory: &GuestMemory) -> Result<(Request, SgList, Taken), Broken> {
+    let (mut quick, mut data) = (SgList::new(), SgList::new());
+    let usual = request::parse_usual(&mut chain, memory, true, &mut quick).map(|request| (request, chain.taken()));
+    let found = request::parse(&mut chain, memory, true, &mut data).map(|request| (request, data, chain.taken()));
+    if let Some((usual, taken)) = usual {
+        let (request, data, walked) = found.as_ref().expect("the long way refuses what the short way takes");
+        let parts = |request: &Request| (request.header, memory.at(request.status).1, request.readable, request.writable);
+        let places = |list: &SgList| list.iter().map(|entry| (entry.offset, entry.length)).collect::<Vec<_>>();
+        assert_eq!((parts(&usual), places(&quick), taken), (parts(request), places(data), *walked));
+    }
+    found
 }
 
 fn cut(at: u64, bytes: u32, cuts: &[u32], flags: u16) -> Vec<Buffer> {
