@@ -139,7 +139,8 @@ impl Layer {
             run.end(&mut slot.stats);
             slot.inflight -= ended.len() as u32;
         }
-        let ended = if self.queues[queue.0 as usize].straight { self.go_straight(queue, ended) } else { ended };
+        let straight = self.queues[queue.0 as usize].straight;
+        let ended = if straight { self.go_straight(channel, queue, ended) } else { ended };
         if ended.is_empty() {
             return;
         }
@@ -155,15 +156,18 @@ impl Layer {
             _ => {}
         }
         // Last, when nothing else is at hand that would have to be kept for afterwards.
-        if self.trace.is_on() {
+        if self.trace.is_on() && !straight {
             self.trace_batch(channel, ended, Point::Done.bit());
         }
     }
 
-    /// Has what ended below end for whoever is above the channel whose queue this is, up to the first that is not plain; what is left. It goes up as
+    /// Has what ended below, on channel `below`, end for whoever is above the channel whose queue this is, up to the first that is not plain; what is left. It goes up as
     /// many floors as are straight, one call a floor.
     #[inline(never)]
-    fn go_straight<'a>(&mut self, queue: QueueId, ended: &'a [IoId]) -> &'a [IoId] {
+    fn go_straight<'a>(&mut self, below: ChannelId, queue: QueueId, ended: &'a [IoId]) -> &'a [IoId] {
+        if self.trace.is_on() {
+            self.trace_batch(below, ended, Point::Done.bit());
+        }
         let Owner::Channel(above) = self.queues[queue.0 as usize].owner else { return ended };
         if self.slot(above).is_none_or(|slot| slot.gone) {
             return ended;
