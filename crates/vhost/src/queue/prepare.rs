@@ -12,7 +12,7 @@ use crate::ring::Kind;
 impl<R: Kind> Queue<R> {
     /// Whether a read or write is in whole blocks, and allowed.
     #[inline]
-    fn fits_blocks(&self, op: Op, request: &Request) -> bool {
+    pub(super) fn fits_blocks(&self, op: Op, request: &Request) -> bool {
         let bytes = request.readable + request.writable;
         let within_block = (1u64 << self.block_shift) - 1;
         let within_sectors = within_block >> SECTOR_BYTES.trailing_zeros();
@@ -116,7 +116,7 @@ impl<R: Kind> Queue<R> {
 
 /// Makes a read or write of a request that fits blocks; returns the used length of its success.
 #[inline]
-fn fill(io: &mut Io, op: Op, request: &Request, block_shift: u32) -> u32 {
+pub(super) fn fill(io: &mut Io, op: Op, request: &Request, block_shift: u32) -> u32 {
     let bytes = request.readable + request.writable;
     let sectors_shift = block_shift - SECTOR_BYTES.trailing_zeros();
     (io.op, io.lba, io.blocks) = (op, request.header.sector.get() >> sectors_shift, bytes >> block_shift);
@@ -126,7 +126,7 @@ fn fill(io: &mut Io, op: Op, request: &Request, block_shift: u32) -> u32 {
 
 /// The operation of a read or write whose data goes the right way.
 #[inline]
-fn usual(request: &Request) -> Option<Op> {
+pub(super) fn usual(request: &Request) -> Option<Op> {
     match request.header.kind() {
         RequestType::IN if request.readable == 0 => Some(Op::Read),
         RequestType::OUT if request.writable == 0 => Some(Op::Write),
