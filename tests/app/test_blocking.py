@@ -110,6 +110,7 @@ def test_a_disk_is_written_read_measured_and_deleted(blocking: BlockingStack, tm
 
 def test_descriptors_of_ones_own_are_closed_by_with(blocking: BlockingStack) -> None:
     disk = blocking.malloc("m0", "1MiB")
+    blocking.rpc("bdev_wait_for_examine")  # who looks for partitions has it open meanwhile
     with disk.open() as opened, blocking.open("m0", write=False) as other:
         opened.write(0, b"y" * 512)
         assert other.read(0, 512) == b"y" * 512

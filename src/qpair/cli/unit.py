@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 __all__ = ["UNITS", "unit"]
@@ -14,7 +13,7 @@ UNITS = ("service", "socket")
 
 def unit(kind: str) -> str:
     """The text of ``qpair.service`` or ``qpair.socket``."""
-    template = files("qpair.cli").joinpath("units", f"qpair.{kind}").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "units" / f"qpair.{kind}").read_text(encoding="utf-8")
     return template.replace("{program}", _program())
 
 
