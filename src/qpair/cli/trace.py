@@ -1,14 +1,16 @@
 """``qpair trace``: turn trace points of a running server on for some seconds, and show how long I/Os took at each bdev.
 
-How it works: points that were off are turned off again in the end, also when it is interrupted. What the server overwrote before it was fetched is lost, and said.
+How it works: points that were off are turned off again in the end, also when it is interrupted, which waits for the answer that is under way. What the server overwrote before it was fetched is lost, and said.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +53,24 @@ class _Follower:
         self.lost += page.lost
         return len(page.records)
 
-    def follow(self, seconds: float) -> float:
+    def follow(self, seconds: float, interrupted: Callable[[], bool]) -> float:
         """For so long, or until interrupted; how long it was."""
         began = time.monotonic()
-        with contextlib.suppress(KeyboardInterrupt):
-            while (left := seconds - (time.monotonic() - began)) > 0:
-                if self.fetch() < ENOUGH:
-                    time.sleep(min(PAUSE_S, left))
+        while (left := seconds - (time.monotonic() - began)) > 0 and not interrupted():
+            if self.fetch() < ENOUGH:
+                time.sleep(min(PAUSE_S, left))
         return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, without an exception in the middle of a call."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def trace(options: TraceOptions) -> int:
@@ -68,11 +80,12 @@ def trace(options: TraceOptions) -> int:
             names = {client.call("bdev_get_bdevs", name=name)[0]["name"] for name in options.names}
             follower = _Follower(client)
             on = LAYER_POINTS & ~int(client.call("trace_get_info")["bdev"]["tpoint_mask"], 16)
-            try:
+            with _interrupts() as interrupted:
                 client.call("trace_set_tpoint_mask", name="bdev", tpoint_mask=on)
-                seconds = follower.follow(options.seconds)
-            finally:
-                client.call("trace_clear_tpoint_mask", name="bdev", tpoint_mask=on)
+                try:
+                    seconds = follower.follow(options.seconds, interrupted)
+                finally:
+                    client.call("trace_clear_tpoint_mask", name="bdev", tpoint_mask=on)
             left = True
             while left and on == LAYER_POINTS:  # somebody else's points never come to an end
                 left = follower.fetch() > 0
