@@ -79,7 +79,6 @@ class Booted:
             GROUPS / f"qpair-test-{os.getpid()}"
         ]
         self.log = folder / "boot.log"
-        self.log.touch()
         script = _BOOT.format(folder=folder, systemd=SYSTEMD, shown=_shown([Path(sys.base_prefix), ROOT]))
         for group in self._groups:
             group.mkdir(exist_ok=True)
