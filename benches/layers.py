@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from run import Report
 
+Measure = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+
 PAIRS = 3
 """In each process; processes are repeated as other figures are, until enough of them were undisturbed."""
 ROUNDS = 5
@@ -30,18 +32,11 @@ NAMES = {
 }
 
 
-def layers(report: Report, example: Callable[..., dict[str, Any]], measure: Callable[[Callable[[], float]], float]) -> None:
+def layers(report: Report, example: Callable[..., dict[str, Any]], measure: Measure) -> None:
     """``example(package, name, *words)`` runs an example; ``measure(source)`` calls ``source`` in a quiet moment."""
     kept: dict[str, list[list[float]]] = {name: [] for name in NAMES}
     for _ in range(ROUNDS):
-        last: dict[str, Any] = {}
-
-        def once(into: dict[str, Any] = last) -> float:
-            into.clear()
-            into.update(example("qpair-perf", "layers", str(PAIRS), "150", "128"))
-            return 0.0
-
-        measure(once)
+        last = measure(lambda: example("qpair-perf", "layers", str(PAIRS), "150", "128"))
         for name, pairs in last.items():
             # The first pair warms up.
             kept[name].extend(pairs[1:])
@@ -57,18 +52,11 @@ def layers(report: Report, example: Callable[..., dict[str, Any]], measure: Call
             report.add(f"  {text}", f"{cost:+.1f} ns", f"under {target:.0f} ns", cost < target)
 
 
-def raid(report: Report, example: Callable[..., dict[str, Any]], measure: Callable[[Callable[[], float]], float]) -> None:
+def raid(report: Report, example: Callable[..., dict[str, Any]], measure: Measure) -> None:
     """raid0 of two mallocs, as a share of one malloc that is as large as both, on one reactor."""
     kept: dict[str, list[list[float]]] = {"randread": [], "randwrite": []}
     for _ in range(RAID_PROCESSES):
-        last: dict[str, Any] = {}
-
-        def once(into: dict[str, Any] = last) -> float:
-            into.clear()
-            into.update(example("qpair-raid", "stripe", str(PAIRS), "100", "128"))
-            return 0.0
-
-        measure(once)
+        last = measure(lambda: example("qpair-raid", "stripe", str(PAIRS), "100", "128"))
         for pattern, pairs in last.items():
             # The first pair warms up.
             kept[pattern].extend(pairs[1:])

@@ -231,7 +231,7 @@ def idle(report: Report) -> None:
                 found = {socket: float(servers.load(f"vhost:{socket}", depth=32, seconds=0.5)["iops"]) for socket in order}
                 return found[alone], found[among]
 
-            pairs.append(moments().pair(once))
+            pairs.append(moments().measure(once))
     costs = sorted(1 - crowded / empty for empty, crowded in pairs)
     report.raw["idle"] = {"shares": shares, "resident_mb": resident, "pairs": pairs}
     report.add(f"idle, {IDLE_DISKS} disks attached: one core's share", f"{shares[0]:.2%}", "under 1 %", shares[0] < 0.01)
@@ -317,7 +317,7 @@ def thousand_bdevs(report: Report) -> None:
                 raise RuntimeError("not all are shown")
             return made, shown
 
-    times = [moments().pair(once) for _ in range(ROUNDS)]
+    times = [moments().measure(once) for _ in range(ROUNDS)]
     report.raw["thousand_bdevs"] = times
     made, shown = (statistics.median(column) for column in zip(*times, strict=True))
     report.add(f"{BDEVS} bdevs by one batch of RPCs", f"{made * 1e3:.0f} ms", "under 2 s", made < 2)
@@ -377,6 +377,7 @@ def main() -> int:
     print(machine(), flush=True)
     for name in options.figures or FIGURES:
         print(name, flush=True)
+        moments().figure()
         FIGURES[name](report)
     report.raw["moments"] = moments().summary()
     print(moments().summary())
