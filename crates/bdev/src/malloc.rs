@@ -3,6 +3,7 @@
 //! Each reactor copies by itself: the bytes are shared, and overlapping I/O is the initiator's business, as with any
 //! disk. `submit` gets a batch so that the blocks of the next I/Os are on their way into the cache while one is copied.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use qpair_memory::{Mapping, MemoryError, Pages, Region, Sge, copy_list};
@@ -18,6 +19,8 @@ const AHEAD: usize = 2;
 const TOGETHER: usize = 8;
 /// How many lines of 64 bytes are fetched ahead; the hardware follows from there.
 const LINES: u64 = 16;
+const PAGE: u64 = 65536;
+const COPY_BYTES: usize = 65536;
 
 /// See the module's doc.
 pub struct Malloc {
@@ -61,6 +64,57 @@ impl Malloc {
         }
         Ok(self)
     }
+
+    /// With what another process's disk of this shape held: what [`contents`](Self::contents) gave there.
+    pub fn with_contents(mut self, contents: OwnedFd) -> Result<Self, BdevError> {
+        if let Some(metadata) = &self.metadata {
+            let twin = contents.try_clone().map_err(|source| MemoryError::Os { call: "dup", source })?;
+            self.metadata = Some(Mapping::sealed(twin, pages(self.memory.len()), metadata.len())?);
+        }
+        self.memory = Mapping::sealed(contents, 0, self.memory.len())?;
+        Ok(self)
+    }
+
+    /// All that it holds, as a memfd: blocks, and from the next page on their metadata. What is written meanwhile may be in it or not. Copied once; what came as such a
+    /// memfd is one already.
+    pub fn contents(&self) -> Result<OwnedFd, BdevError> {
+        let duplicate = |mapping: &Mapping| {
+            let fd = mapping.fd().map(|fd| fd.try_clone_to_owned());
+            fd.transpose().map_err(|source| MemoryError::Os { call: "dup", source })
+        };
+        if let Some(fd) = duplicate(&self.memory)? {
+            return Ok(fd);
+        }
+        let data = pages(self.memory.len());
+        let whole = Mapping::memfd(&self.info.name, data as usize + self.metadata.as_ref().map_or(0, |mapping| mapping.len()))?;
+        let into = Region::new(whole.clone());
+        copy_what_is_not_zero(&into, 0, &Region::new(self.memory.clone()))?;
+        if let Some(metadata) = &self.metadata {
+            copy_what_is_not_zero(&into, data, &Region::new(metadata.clone()))?;
+        }
+        duplicate(&whole)?.ok_or(BdevError::Unsupported("a memfd without a descriptor".into()))
+    }
+}
+
+/// Rounded up to whole pages, of the largest size that is in use anywhere.
+fn pages(bytes: usize) -> u64 {
+    (bytes as u64).next_multiple_of(PAGE)
+}
+
+/// What was never written costs no memory in the copy either.
+fn copy_what_is_not_zero(into: &Region, at: u64, from: &Region) -> Result<(), MemoryError> {
+    let mut piece = vec![0; COPY_BYTES];
+    let mut offset = 0;
+    while offset < from.len() {
+        let length = (from.len() - offset).min(COPY_BYTES as u64);
+        let piece = &mut piece[..length as usize];
+        from.read(offset, piece)?;
+        if piece.iter().any(|byte| *byte != 0) {
+            into.write(at + offset, piece)?;
+        }
+        offset += length;
+    }
+    Ok(())
 }
 
 impl Device for Malloc {

@@ -62,6 +62,27 @@ impl Mapping {
         Ok(Arc::new(Self { base, length, fd: Some(fd), fault: None }))
     }
 
+    /// Maps `length` bytes at `offset` (a whole number of pages) of a memfd that cannot shrink any more ([`Self::memfd`] makes such), and keeps it.
+    pub fn sealed(fd: OwnedFd, offset: u64, length: usize) -> Result<Arc<Self>, MemoryError> {
+        // SAFETY: a plain fcntl on a descriptor we own; anything but a memfd is refused by it.
+        let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+        if seals < 0 {
+            return Err(MemoryError::last_os("fcntl(F_GET_SEALS)"));
+        }
+        if seals & libc::F_SEAL_SHRINK == 0 {
+            return Err(MemoryError::Os { call: "fcntl(F_GET_SEALS)", source: std::io::Error::from_raw_os_error(libc::EPERM) });
+        }
+        let file = File::from(fd);
+        let size = file.metadata().map_err(|source| MemoryError::Os { call: "fstat", source })?.len();
+        if length == 0 || offset.checked_add(length as u64).is_none_or(|end| end > size) {
+            return Err(MemoryError::OutOfRange { offset, length: length as u64, limit: size });
+        }
+        let fd = OwnedFd::from(file);
+        let start = i64::try_from(offset).map_err(|_| MemoryError::OutOfRange { offset, length: length as u64, limit: size })?;
+        let base = map_shared(fd.as_fd(), start, length)?;
+        Ok(Arc::new(Self { base, length, fd: Some(fd), fault: None }))
+    }
+
     /// Maps `length` bytes of somebody else's descriptor, from its start. The file may shrink under us: then the
     /// mapping reads as zeros and [`is_dead`](Self::is_dead) turns true. Refused is a file whose pages may never come.
     pub fn shared(fd: BorrowedFd<'_>, length: u64) -> Result<Arc<Self>, MemoryError> {

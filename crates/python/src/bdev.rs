@@ -1,7 +1,8 @@
 //! The bdev room: creating, listing, measuring, resizing and removing bdevs, and single I/Os on them.
 
+use std::os::fd::{IntoRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -17,6 +18,7 @@ use crate::events::Draft;
 use crate::io::{self, Request};
 use crate::measures;
 use crate::values::{Failure, Number, Value};
+use crate::vhost::duplicate;
 
 /// Operations by the names that Python gives them.
 pub const OPS: [(&str, Op); 9] = [
@@ -78,9 +80,9 @@ impl Engine {
     #[pyo3(
         signature = (
             name, *, num_blocks, block_size, uuid=None, physical_block_size=Number::of(0), optimal_io_boundary=Number::of(0),
-            metadata_bytes=Number::of(0)
+            metadata_bytes=Number::of(0), contents=None
         ),
-        text_signature = "($self, name, *, num_blocks, block_size, uuid=None, physical_block_size=0, optimal_io_boundary=0, metadata_bytes=0)"
+        text_signature = "($self, name, *, num_blocks, block_size, uuid=None, physical_block_size=0, optimal_io_boundary=0, metadata_bytes=0, contents=None)"
     )]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of the Python contract")]
     fn bdev_malloc_create(
@@ -92,8 +94,10 @@ impl Engine {
         physical_block_size: Number,
         optimal_io_boundary: Number,
         metadata_bytes: Number,
+        contents: Option<Number>,
     ) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
+        let contents = contents.map(|fd| duplicate("contents", fd)).transpose()?;
         let malloc = Malloc::new(
             name,
             block_size.u32("block_size")?,
@@ -104,7 +108,23 @@ impl Engine {
         );
         let metadata_bytes = metadata_bytes.u32("metadata_bytes")?;
         let malloc = malloc.and_then(|malloc| malloc.with_metadata(metadata_bytes));
-        Ok(register(core, draft, Arc::new(malloc.map_err(Failure::from)?))?)
+        let malloc = malloc.and_then(|malloc| match contents {
+            Some(contents) => malloc.with_contents(contents),
+            None => Ok(malloc),
+        });
+        let malloc = Arc::new(malloc.map_err(Failure::from)?);
+        let answer = register(core, draft, malloc.clone())?;
+        lock(&core.mallocs).insert(name.to_owned(), Arc::downgrade(&malloc));
+        Ok(answer)
+    }
+
+    /// Copies, which may take a while: call it from a thread of its own.
+    fn bdev_malloc_contents(&self, py: Python<'_>, name: &str) -> PyResult<RawFd> {
+        let core = self.running()?;
+        let malloc = lock(&core.mallocs).get(name).and_then(Weak::upgrade);
+        let malloc = malloc.ok_or_else(|| Failure::from(BdevError::NoSuchBdev(name.to_owned())))?;
+        let contents = py.detach(|| malloc.contents()).map_err(Failure::from)?;
+        Ok(contents.into_raw_fd())
     }
 
     #[pyo3(

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use qpair_bdev::python::Ring;
+use qpair_bdev::malloc::Malloc;
 use qpair_bdev::{Descriptor, Layer, Registry, lifecycle};
 use qpair_raid::Raids;
 use qpair_reactor::driver::Choice;
@@ -59,6 +60,8 @@ pub struct Core {
     pub raids: Arc<Raids>,
     pub places: Vec<Place>,
     pub descriptors: Mutex<HashMap<u64, Arc<Descriptor>>>,
+    /// Disks in memory, by name; some may be gone.
+    pub mallocs: Mutex<HashMap<String, Weak<Malloc>>>,
     /// Memory of single I/Os.
     pub pool: Arc<Pool>,
     /// Rings of Python bdevs, to be closed when nobody can be waited for any more.
@@ -103,6 +106,7 @@ impl Core {
             registry,
             places,
             descriptors: Mutex::default(),
+            mallocs: Mutex::default(),
             pool: Pool::new(),
             last_stats: Mutex::default(),
             threads: Mutex::new(threads),

@@ -294,7 +294,10 @@ impl Engine {
         self.vhost_command(session, Command::SetVringBase { queue: queue_index(queue)?, base: base.u32("base")? })
     }
 
-    fn vhost_get_vring_base(&self, session: Number, queue: Number) -> PyResult<u64> {
+    #[pyo3(signature = (session, queue, *, deadline_ms=Number::of(5_000)), text_signature = "($self, session, queue, *, deadline_ms=5000)")]
+    fn vhost_get_vring_base(&self, session: Number, queue: Number, deadline_ms: Number) -> PyResult<u64> {
+        let drain_ns = deadline_ms.deadline_ns("deadline_ms")?;
+        self.running()?.vhost.drain_ns(session.u64("session")?, drain_ns)?;
         self.vhost_command(session, Command::GetVringBase { queue: queue_index(queue)? })
     }
 

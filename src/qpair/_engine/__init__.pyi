@@ -155,8 +155,12 @@ class Engine:
         physical_block_size: int = 0,
         optimal_io_boundary: int = 0,
         metadata_bytes: int = 0,
+        contents: int | None = None,
     ) -> int:
-        """``metadata_bytes``: 0, 8, 16, 32, 64 or 128."""
+        """``metadata_bytes``: 0, 8, 16, 32, 64 or 128. ``contents``: what ``bdev_malloc_contents`` gave for a disk of this shape; the descriptor is duplicated."""
+
+    def bdev_malloc_contents(self, name: str) -> int:
+        """A memfd of all that a malloc bdev holds, which the caller owns. It is copied (some 0.3 s a GiB) unless the bdev was made of such a memfd."""
 
     def bdev_file_create(
         self,
@@ -417,8 +421,9 @@ class Engine:
     def vhost_set_vring_num(self, session: int, queue: int, size: int) -> int: ...
     def vhost_set_vring_addr(self, session: int, queue: int, flags: int, desc: int, used: int, avail: int, log: int) -> int: ...
     def vhost_set_vring_base(self, session: int, queue: int, base: int) -> int: ...
-    def vhost_get_vring_base(self, session: int, queue: int) -> int:
-        """Stops the ring: replies the base only after the last request is done and its reactor has let go."""
+    def vhost_get_vring_base(self, session: int, queue: int, *, deadline_ms: int = 5_000) -> int:
+        """Stops the ring: replies the base only after the last request is done and its reactor has let go. What is in flight after ``deadline_ms`` is asked
+        to end early; so it is, from then on, whenever a ring of this controller's stops."""
 
     def vhost_set_vring_kick(self, session: int, queue: int, fd: int | None) -> int:
         """Starts the ring (vhost-user: "rings are started by a kick or by this message"). None: poll only."""

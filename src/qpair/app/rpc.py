@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpair.app import inert, version
 from qpair.app.saving import begin, resume
-from qpair.errors import InvalidParameters, NoSuchDevice
+from qpair.errors import InvalidParameters, NoSuchDevice, Unsupported
 from qpair.rpc.registry import REGISTRY, Params, method
 from qpair.rpc.types import KillSignal
 
@@ -121,6 +121,23 @@ async def framework_disable_cpumask_locks(stack: Stack, params: None) -> bool:
 async def framework_enable_cpumask_locks(stack: Stack, params: None) -> bool:
     """SPDK would keep other instances off these cores. Here reactors that sleep share them, so this is without effect."""
     stack.inert.report("framework_enable_cpumask_locks", "has no effect here: cores are shared")
+    return True
+
+
+class QpairTakeover(Params):
+    """``socket``: where the asking process listens; ``protocols``: what it speaks; ``version``: its own, for the log."""
+
+    socket: str
+    protocols: list[int]
+    version: str = ""
+
+
+@method("qpair_takeover", params=QpairTakeover)
+async def qpair_takeover(stack: Stack, params: QpairTakeover) -> bool:
+    """Let the process that listens on ``socket`` take this one's place; ``qpair serve --takeover`` asks so. True: it may; what comes of it is in both logs."""
+    if stack.takeover is None:
+        raise Unsupported("takeover: this stack lives in a program of its own; only qpair serve can be taken over")
+    await stack.takeover(params.socket, params.protocols)
     return True
 
 

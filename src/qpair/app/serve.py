@@ -2,7 +2,7 @@
 
 How it works: reactors, then the configuration's startup calls, then (unless it waits for framework_start_init) the subsystems and the rest of the
 configuration, then the RPC socket and the ready line; a service manager is told as well (see `qpair.app.systemd`). SIGTERM, SIGINT and spdk_kill_instance end it cleanly: RPC, front ends, bdevs, reactors, each with a deadline. A
-second signal ends it at once.
+second signal ends it at once. How one process takes another's place stands in `qpair.app.takeover.messages`; here is what each then does with its stack.
 
 Exit codes: 0 stopped cleanly; 1 could not start (the reason is on standard error); 128 + signal for the second signal.
 """
@@ -16,10 +16,13 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from qpair.app.config import load_runtime, load_startup, read
+import msgspec
+
+from qpair.app.config import Config, load_runtime, load_startup, parse, read, snapshot
 from qpair.app.cores import parse_mask
 from qpair.app.logs import setup
 from qpair.app.rooms import load_rpc
@@ -28,6 +31,11 @@ from qpair.app.systemd import Manager
 from qpair.app.version import VERSION
 from qpair.errors import InvalidArgument, QpairError, from_errno
 from qpair.rpc.server import DEFAULT_ADDRESS, RpcServer
+
+if TYPE_CHECKING:
+    from qpair.app.takeover.giver import Giver
+    from qpair.app.takeover.messages import Handover
+    from qpair.vhost.record import ControllerRecord
 
 __all__ = ["HttpOptions", "ServeOptions", "run"]
 
@@ -78,10 +86,13 @@ class ServeOptions:
     """What the command line says."""
 
     address: str = DEFAULT_ADDRESS
-    mask: str = "0x1"
+    mask: str | None = None
+    """None: 0x1, or what the process has whose place is taken."""
     config: str | None = None
     wait_for_rpc: bool = False
-    vhost_dir: str = "."
+    vhost_dir: str | None = None
+    """None: here, or what the process has whose place is taken."""
+    takeover: bool = False
     busy_poll: bool = False
     driver: Literal["auto", "io_uring", "epoll"] = "auto"
     spin_us: int = 50
@@ -111,6 +122,8 @@ def run(options: ServeOptions, *, engine_factory: EngineFactory | None = None) -
 
 
 class _Process:
+    """It is what `qpair.app.takeover.giver` calls `Serving`."""
+
     def __init__(self, options: ServeOptions, manager: Manager, engine_factory: EngineFactory | None) -> None:
         self._options = options
         self._manager = manager
@@ -119,6 +132,10 @@ class _Process:
         self._stopping = asyncio.Event()
         self._server: RpcServer | None = None
         self._addresses = ""
+        self._giver: Giver | None = None
+        self._successor: int | None = None
+        self._exit_code = 0
+        self.stack: Stack
 
     async def main(self) -> int:
         """Start, announce, wait, stop."""
@@ -126,47 +143,153 @@ class _Process:
         _raise_descriptor_limit()
         load_rpc()
         config = read(options.config) if options.config is not None else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signal, number)
+        if options.takeover:
+            await self._take_over()
+        else:
+            self.stack = self._new_stack(parse_mask(options.mask or "0x1"), options.vhost_dir or ".")
+        try:
+            if not options.takeover and not await self._start(config):
+                return 0
+            self._announce(self.stack)
+            await self._stopping.wait()
+            return self._exit_code
+        finally:
+            await self._end()
+
+    def _new_stack(self, cores: Iterable[int], vhost_dir: str) -> Stack:
+        options = self._options
         stack = Stack(
-            cores=parse_mask(options.mask),
+            cores=cores,
             driver=options.driver,
             busy_poll=options.busy_poll,
             spin_us=options.spin_us,
             pin=options.pin,
-            vhost_dir=options.vhost_dir,
+            vhost_dir=vhost_dir,
             wait_for_rpc=True,
             engine_factory=self._factory,
         )
         stack.stop_requested = self._request
+        stack.takeover = self._asked_to_give
         stack.passed_sockets = self._manager.sockets
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._signal, number)
-        try:
-            await stack.start()
-            self._watching = asyncio.create_task(self._manager.watch(stack), name="watchdog")
-            if options.trace_mask:
-                await stack.tracing.set(options.trace_mask)
-            if config is not None:
-                await load_startup(stack, config)
-            if options.wait_for_rpc:
-                await self._listen(stack)
-                self._tell_ready(f"qpair {VERSION}: RPC on {self._addresses}, waiting for framework_start_init")
-                if not await self._started(stack):
-                    return 0
-            else:
-                await stack.start_subsystems()
-            if config is not None:
-                await load_runtime(stack, config)
-            if self._server is None:
-                await self._listen(stack)
-            self._announce(stack)
-            await self._stopping.wait()
-            return 0
-        finally:
+        return stack
+
+    async def _start(self, config: Config | None) -> bool:
+        """Everything up to RPC. False: told to stop before the subsystems started."""
+        options, stack = self._options, self.stack
+        await self._start_reactors(stack)
+        if config is not None:
+            await load_startup(stack, config)
+        if options.wait_for_rpc:
+            await self._listen(stack)
+            self._tell_ready(f"qpair {VERSION}: RPC on {self._addresses}, waiting for framework_start_init")
+            if not await self._started(stack):
+                return False
+        else:
+            await stack.start_subsystems()
+        if config is not None:
+            await load_runtime(stack, config)
+        if self._server is None:
+            await self._listen(stack)
+        return True
+
+    async def _start_reactors(self, stack: Stack) -> None:
+        await stack.start()
+        self._watching = asyncio.create_task(self._manager.watch(stack), name="watchdog")
+        if self._options.trace_mask:
+            await stack.tracing.set(self._options.trace_mask)
+
+    async def _end(self) -> None:
+        if self._successor is None:
             self._manager.tell(STOPPING=1, STATUS="stopping")
-            if self._watching is not None:
-                self._watching.cancel()
-            await stack.stop()
-            self._remove_pid_file()
+        else:
+            self._manager.tell(MAINPID=self._successor, STATUS=f"taken over by process {self._successor}")
+        if self._watching is not None:
+            self._watching.cancel()
+        await self.stack.stop()
+        self._remove_pid_file()
+
+    # -- taking another process's place, and giving this one's ------------------------------------
+
+    async def _take_over(self) -> None:
+        from qpair.app.takeover.taker import Taker, adopt
+
+        taker = await Taker.ask(self._options.address)
+        try:
+            cores = parse_mask(self._options.mask) if self._options.mask is not None else taker.offer.cores
+            self.stack = self._new_stack(cores, self._options.vhost_dir or taker.offer.vhost_dir)
+            try:
+                await self._start_reactors(self.stack)
+                await load_startup(self.stack, taker.config())
+                await self.stack.start_subsystems()
+                await adopt(self.stack, await taker.handover())
+                await taker.go()
+            except BaseException as error:
+                self.stack.vhost.disown()
+                await self.stack.stop()
+                await taker.failed(error)
+                raise
+        finally:
+            taker.close()
+        await self._resume(self.stack)
+
+    async def _resume(self, stack: Stack) -> None:
+        stack.vhost.start_sessions()
+        await self._listen(stack)
+
+    async def _asked_to_give(self, path: str, protocols: list[int]) -> None:
+        from qpair.app.takeover.giver import Giver
+
+        if self._giver is None:
+            self._giver = Giver(self)
+        await self._giver.asked(path, protocols)
+
+    async def rest(self, quiet_s: float) -> Handover:
+        """Stop all that answers or moves, and close the disks."""
+        from qpair.app.takeover.giver import memory_of
+        from qpair.app.takeover.messages import Handover
+
+        stack = self.stack
+        sockets = await stack.stop_listening()
+        controllers: list[ControllerRecord] = []
+        try:
+            controllers = await stack.vhost.release(quiet_s)
+            handover = Handover(snapshot(stack), sockets, controllers, await memory_of(stack))
+        except BaseException:
+            for record in sockets:
+                stack.passed_sockets.inherit(record)
+            await stack.vhost.resume(controllers)
+            await self._resume(stack)
+            raise
+        if self._watching is not None:
+            self._watching.cancel()
+        await stack.stop()
+        return handover
+
+    async def rebuild(self, handover: Handover) -> None:
+        """Go on after all."""
+        from qpair.app.takeover.taker import adopt
+
+        try:
+            self.stack = stack = self._new_stack(self.stack.cores, self.stack.vhost_dir)
+            await self._start_reactors(stack)
+            await load_startup(stack, parse(msgspec.json.encode(handover.config), source="the configuration before the takeover"))
+            await stack.start_subsystems()
+            await adopt(stack, handover)
+            await self._resume(stack)
+        except QpairError as error:
+            logger.critical("cannot go on after a takeover that failed: %s", error)
+            self._exit_code = 1
+            self._stopping.set()
+
+    def gone(self, pid: int) -> None:
+        """The successor has it all."""
+        logger.log(25, "taken over by process %d: ending", pid)
+        self._successor = pid
+        self._stopping.set()
+
+    # -- parts ------------------------------------------------------------------------------------
 
     async def _listen(self, stack: Stack) -> None:
         self._server = await stack.listen(self._options.address)
@@ -202,8 +325,11 @@ class _Process:
 
     def _remove_pid_file(self) -> None:
         if self._options.pid_file is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._options.pid_file)
+            with contextlib.suppress(OSError, ValueError):
+                with open(self._options.pid_file, encoding="ascii") as file:
+                    ours = int(file.read(20)) == os.getpid()
+                if ours:
+                    os.unlink(self._options.pid_file)
 
     def _request(self, why: str) -> None:
         logger.log(25, "%s: stopping", why)

@@ -18,15 +18,16 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qpair.app.bridge import Bridge
 from qpair.app.cores import check_usable, parse_cores
 from qpair.app.inert import InertStore
+from qpair.app.parcel import Descriptor
+from qpair.app.passed import PassedRecord, PassedSockets
 from qpair.app.rooms import make_subsystems
 from qpair.app.subsystems import ConfigEntry, Subsystem, order
-from qpair.app.systemd import PassedSockets
 from qpair.bdev.trace import Trace, Tracing
 from qpair.errors import Busy, ForkedStack, NoSuchDevice, StackStopped, from_engine
 
@@ -82,6 +83,10 @@ class Stack:
         self.inert = InertStore()
         self.passed_sockets = PassedSockets()
         """Listening sockets that somebody else opened, for whoever is to listen on their paths."""
+        self.inherited_memory: dict[str, Descriptor] = {}
+        """What malloc bdevs held in the process whose place this one takes, by their names, until they are made."""
+        self.takeover: Callable[[str, list[int]], Awaitable[None]] | None = None
+        """Set by ``qpair serve``: what ``qpair_takeover`` calls with a socket's path and protocol versions."""
         self.tracing = Tracing(self)
         self.stop_deadline_ms = stop_deadline_ms
         self.stop_requested: Callable[[str], None] | None = None
@@ -280,6 +285,14 @@ class Stack:
         await server.start()
         self._servers.append(server)
         return server
+
+    async def stop_listening(self) -> list[PassedRecord]:
+        """Answer no RPC any more; what another process needs to listen in this one's place."""
+        released = [record for server in self._servers if (record := server.release()) is not None]
+        for server in self._servers:
+            await server.stop(deadline_s=2.0)
+        self._servers.clear()
+        return released
 
     async def listen_http(self, address: str, user: str, password: str, *, certificate: str | None = None) -> HttpServer:
         """Answer JSON-RPC by HTTP POST with Basic authentication, as SPDK's proxy does; see `qpair.rpc.http`. ``certificate``: HTTPS."""

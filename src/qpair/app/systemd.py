@@ -5,10 +5,9 @@ its variables in the environment everything here does nothing.
 
 How it works: `Manager.of_environment` reads the variables and takes them out of the environment, so that no worker process answers in our place. `Manager.tell` sends one
 datagram. `Manager.watch` sends ``WATCHDOG=1`` a few times in each period, but only when every reactor has answered just then, and it runs on the control loop: so a loop or a
-reactor that hangs is restarted. `PassedSockets` are the listening Unix sockets that were handed over, by their paths: whoever is to listen on such a path
-borrows that socket instead of making one. It stays open while nobody borrows it: clients that come meanwhile wait in its queue.
+reactor that hangs is restarted. Listening sockets that were handed over go to `qpair.app.passed`.
 
-Errors: `InvalidArgument` for a watchdog period that is no number. A socket that cannot be used (no listening Unix stream socket) is named in the log and closed.
+Errors: `InvalidArgument` for a watchdog period that is no number.
 
 Not implemented: the file descriptor store, RELOADING.
 """
@@ -16,19 +15,19 @@ Not implemented: the file descriptor store, RELOADING.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Self
 
+from qpair.app.passed import PassedSockets
 from qpair.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from qpair.app.stack import Stack
 
-__all__ = ["Manager", "PassedSockets"]
+__all__ = ["Manager"]
 
 FIRST_PASSED = 3
 """Passed descriptors are numbered from here."""
@@ -36,50 +35,6 @@ LOOKS = 4
 """How often in a watchdog's period everything is looked at: one look may fail because the machine is busy."""
 
 logger = logging.getLogger("qpair.app")
-
-
-class PassedSockets:
-    """Listening sockets by path, to be borrowed."""
-
-    def __init__(self) -> None:
-        self._by_path: dict[str, socket.socket] = {}
-
-    def add(self, descriptor: int) -> None:
-        """Owns ``descriptor`` from now on."""
-        try:
-            passed = socket.socket(fileno=descriptor)
-        except OSError as error:
-            logger.error("passed descriptor %d is no socket: %s", descriptor, error.strerror)
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-            return
-        name = passed.getsockname() if passed.family == socket.AF_UNIX else ""
-        path = os.fsdecode(name)
-        listens = passed.type == socket.SOCK_STREAM and passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if not path.startswith("/") or not listens or path in self._by_path:
-            logger.error(
-                "passed socket %d (%s) is not used: it must listen on a Unix stream socket with a path of its own",
-                descriptor,
-                name or "no path",
-            )
-            passed.close()
-            return
-        passed.set_inheritable(False)
-        self._by_path[path] = passed
-
-    def borrow(self, path: str) -> socket.socket | None:
-        """A duplicate of the socket that listens on ``path``, for the caller to close; None: there is none."""
-        passed = self._by_path.get(os.path.abspath(path))
-        return passed.dup() if passed is not None else None
-
-    def paths(self) -> list[str]:
-        """Where they listen."""
-        return list(self._by_path)
-
-    def close(self) -> None:
-        """Let go of them; their files are the manager's. Idempotent."""
-        while self._by_path:
-            self._by_path.popitem()[1].close()
 
 
 class Manager:

@@ -243,6 +243,7 @@ class BdevSubsystem(Subsystem):
         chosen = self._free_name("Malloc") if name is None else checked_name(name)
         blocks = blocks_of(chosen, size, num_blocks, block_size)
         unique = uuid or new_uuid()
+        contents = self.stack.inherited_memory.pop(chosen, None)
         await self.call(
             "bdev_malloc_create",
             chosen,
@@ -252,6 +253,7 @@ class BdevSubsystem(Subsystem):
             uuid=unique,
             optimal_io_boundary=optimal_io_boundary,
             metadata_bytes=metadata_bytes,
+            **({} if contents is None else {"contents": contents.fileno()}),
         )
         params = {
             "name": chosen,

@@ -9,7 +9,7 @@ from qpair.app.logs import FLAGS, LEVELS
 from qpair.app.serve import PASSWORD_VARIABLE, HttpOptions, ServeOptions, run
 from qpair.bdev.trace import parse_groups
 from qpair.cli.unit import UNITS, unit
-from qpair.errors import QpairError
+from qpair.errors import InvalidArgument, QpairError
 
 __all__ = ["parser", "serve"]
 
@@ -49,10 +49,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("-r", "--rpc-socket", default=ServeOptions.address, metavar="PATH|HOST:PORT", help="where to answer RPC (default %(default)s)")
-    add("-m", "--cpumask", "--lcores", default=ServeOptions.mask, metavar="MASK", help="cores: 0x3 or [0,2-3] (default %(default)s)")
+    add("-m", "--cpumask", "--lcores", metavar="MASK", help="cores: 0x3 or [0,2-3] (default 0x1)")
     add("-c", "--config", "--json", metavar="FILE", help="JSON configuration to load first")
+    add(
+        "--takeover",
+        action="store_true",
+        help="take the place of the process that answers RPC at -r, with all that it serves; its -m and -S, too",
+    )
     add("--wait-for-rpc", action="store_true", help="wait for framework_start_init before the subsystems start")
-    add("-S", dest="vhost_dir", default=".", metavar="DIR", help="directory of vhost sockets (default: here)")
+    add("-S", dest="vhost_dir", metavar="DIR", help="directory of vhost sockets (default: here)")
     add("-f", dest="pid_file", metavar="FILE", help="write the process id there once ready")
     add("-L", "--logflag", action="append", default=[], metavar="FLAG", help=f"debug messages of {', '.join(FLAGS)} or all")
     add("--log-level", choices=list(LEVELS), default="NOTICE", help="print nothing less severe (default %(default)s)")
@@ -116,11 +121,15 @@ def _options(given: argparse.Namespace) -> ServeOptions:
             flags.append(flag)
         else:
             notes.append(f"-L {flag}")
+    mask: str | None = given.cpumask
+    if given.takeover and (given.config is not None or given.wait_for_rpc):
+        raise InvalidArgument("--takeover has the configuration of the process whose place it takes: leave -c and --wait-for-rpc out")
     trace_mask, idle = (0, []) if given.tpoint_group is None else parse_groups(given.tpoint_group)
     notes += [f"-e {group}" for group in idle]
     return ServeOptions(
         address=given.rpc_socket,
-        mask=given.cpumask if not given.cpumask[:1].isdigit() or "," not in given.cpumask else f"[{given.cpumask}]",
+        mask=f"[{mask}]" if mask is not None and mask[:1].isdigit() and "," in mask else mask,
+        takeover=given.takeover,
         config=given.config,
         wait_for_rpc=given.wait_for_rpc,
         vhost_dir=given.vhost_dir,

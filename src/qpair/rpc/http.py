@@ -130,6 +130,9 @@ class HttpServer:
             raise from_errno(error.errno or 5, f"HTTP certificate {self._certificate}: {error.strerror}") from error
         return context
 
+    def release(self) -> None:
+        """Nothing to hand over: a successor listens by itself."""
+
     async def stop(self, deadline_s: float = 5.0) -> None:
         """Stop listening, let requests in progress finish until the deadline, close every connection. Idempotent."""
         if self._server is None:

@@ -27,6 +27,8 @@ from collections import deque
 from errno import EAGAIN
 from typing import TYPE_CHECKING, Any, Self
 
+from qpair.app.parcel import Descriptor
+from qpair.app.passed import PassedRecord
 from qpair.errors import Busy, QpairError, from_errno
 from qpair.rpc.address import DEFAULT_ADDRESS, parse_address
 from qpair.rpc.dispatch import CALLER, Caller, answer_document
@@ -35,8 +37,8 @@ from qpair.rpc.protocol import Document, Refusal, decode, encode_error
 from qpair.rpc.registry import REGISTRY, Registry
 
 if TYPE_CHECKING:
+    from qpair.app.passed import PassedSockets
     from qpair.app.stack import Stack
-    from qpair.app.systemd import PassedSockets
 
 __all__ = ["DEFAULT_ADDRESS", "RpcServer", "parse_address"]
 
@@ -104,7 +106,10 @@ class RpcServer:
 
     def _bind_unix(self, path: str) -> socket.socket:
         if self._passed is not None and (passed := self._passed.borrow(path)) is not None:
-            return passed
+            if passed.owned:
+                self._lock, self._path = passed.lock, path
+                self._sign_lock()
+            return passed.sock
         self._lock = _lock(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -124,6 +129,12 @@ class RpcServer:
         self._path = path
         return listener
 
+    def _sign_lock(self) -> None:
+        """Whoever finds it locked is told of this process."""
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
     def _unlock(self, path: str | None = None) -> None:
         if self._lock is not None:
             if path is not None:
@@ -131,6 +142,15 @@ class RpcServer:
                     os.unlink(path + ".lock")
             os.close(self._lock)
             self._lock = None
+
+    def release(self) -> PassedRecord | None:
+        """What another process needs to listen in this one's place; `stop` leaves the file alone after that. None: it is no Unix socket."""
+        if self._server is None or not self._server.sockets or self._server.sockets[0].family != socket.AF_UNIX:
+            return None
+        listener = Descriptor.duplicate(self._server.sockets[0].fileno())
+        owned, lock = self._path is not None, None if self._lock is None else Descriptor(self._lock)
+        self._lock = self._path = None
+        return PassedRecord(os.path.abspath(self.address), listener, owned, lock)
 
     async def stop(self, deadline_s: float = 5.0) -> None:
         """Stop listening, let requests in progress finish until the deadline, then close every connection. Idempotent."""

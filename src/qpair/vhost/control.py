@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpair.app.cores import parse_mask
 from qpair.app.logs import LineLimit
+from qpair.app.passed import PassedSockets
 from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, NoSuchController, NoSuchDevice, from_engine
 from qpair.vhost.listener import Listener
@@ -31,7 +32,7 @@ from qpair.vhost.transport import Channel
 if TYPE_CHECKING:
     from qpair.app.bridge import Bridge
     from qpair.app.stack import Stack
-    from qpair.app.systemd import PassedSockets
+    from qpair.vhost.record import ControllerRecord, Released
     from qpair.vhost.session import Session
 
 __all__ = ["ControllerServer", "VhostSubsystem"]
@@ -56,7 +57,7 @@ class ControllerServer:
     def start(self, passed: PassedSockets) -> None:
         """Listen, on one of ``passed`` if it has the path; the errors are those of `Listener.open`."""
         self._listener.open(passed.borrow(self._listener.path))
-        self._accepting = asyncio.create_task(self._listener.run(self._accepted), name=f"vhost listener {self.controller}")
+        self._accept()
 
     @property
     def connected(self) -> bool:
@@ -68,11 +69,53 @@ class ControllerServer:
         """A front end is connected and has not left."""
         return self.connected and self.session is not None and not self.session.ending
 
-    async def stop(self, reason: str) -> None:
-        """Accept no more, remove the socket file, end the session, wait for its drain. In this order: who gives up waiting leaves no file."""
+    async def release(self, deadline_s: float) -> ControllerRecord:
+        """Accept no more, and bring the session, if there is one, to rest: for another process. `Busy` if it does not come to rest: then nothing has happened."""
+        from qpair.vhost.record import ControllerRecord
+
+        await self._accept_no_more()
+        released: Released | None = None
+        try:
+            if self.in_use and self.session is not None and self._running is not None:
+                released = await self.session.release(deadline_s)
+                await asyncio.wait([self._running])
+        except BaseException:
+            self._accept()
+            raise
+        return ControllerRecord(self.controller, self._listener.release(), released)
+
+    async def resume(self, record: ControllerRecord) -> None:
+        """Take what `release` gave, of another process or of this: the session has all of it back, but its rings do not run before `Session.start`."""
+        if self._listener.closed:
+            sockets = PassedSockets()
+            if record.listener is not None:
+                sockets.inherit(record.listener)
+            self.start(sockets)
+        if (released := record.session) is None:
+            return
+        from qpair.vhost.session import Session
+
+        known = released.record
+        channel = Channel(socket.socket(fileno=released.connection.take()), known.unread, known.unread_fds)
+        self.session = Session(self._bridge, self.controller, channel, lines=self._lines, record=known)
+        self._running = asyncio.create_task(self.session.run(), name=f"vhost session {self.controller}")
+        await self.session.restored
+
+    def disown(self) -> None:
+        """The socket's file is somebody else's."""
+        self._listener.disown()
+
+    async def _accept_no_more(self) -> None:
         if self._accepting is not None:
             self._accepting.cancel()
             await asyncio.wait([self._accepting])
+
+    def _accept(self) -> None:
+        self._accepting = asyncio.create_task(self._listener.run(self._accepted), name=f"vhost listener {self.controller}")
+
+    async def stop(self, reason: str) -> None:
+        """Accept no more, remove the socket file, end the session, wait for its drain. In this order: who gives up waiting leaves no file."""
+        await self._accept_no_more()
         self._listener.close()
         if self.session is not None and self._running is not None:
             self.session.stop(reason)
@@ -138,6 +181,36 @@ class VhostSubsystem(Subsystem):
         if self._stack is None:
             raise NoSuchDevice("the vhost_blk subsystem has not started")
         return self._stack
+
+    # -- moving to another process ------------------------------------------------------------------
+
+    async def release(self, deadline_s: float) -> list[ControllerRecord]:
+        """Every controller's socket and session, at rest; of those that have a bdev. `Busy` if one does not come to rest: then all go on as before."""
+        servers = [server for name, server in self._servers.items() if self.engine_info(name)["bdev"]]
+        outcomes = await asyncio.gather(*(server.release(deadline_s) for server in servers), return_exceptions=True)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        records = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        if refused:
+            await self.resume(records)
+            self.start_sessions()
+            raise refused[0]
+        return records
+
+    async def resume(self, records: Iterable[ControllerRecord]) -> None:
+        """Take what `release` gave; sessions stand still until `start_sessions`."""
+        known = [record for record in records if record.controller in self._servers]
+        await asyncio.gather(*(self._servers[record.controller].resume(record) for record in known))
+
+    def disown(self) -> None:
+        """The files of the sockets are somebody else's: leave them when this stops."""
+        for server in self._servers.values():
+            server.disown()
+
+    def start_sessions(self) -> None:
+        """Rings that were taken over may run."""
+        for server in self._servers.values():
+            if server.session is not None:
+                server.session.start()
 
     # -- finding ----------------------------------------------------------------------------------
 

@@ -208,6 +208,11 @@ class Assembler:
         """Nothing of a message has arrived: the peer may leave now without breaking the protocol."""
         return self._header is None and not self._buffer and not self.fds
 
+    @property
+    def partial(self) -> bytes:
+        """What came of an incomplete message."""
+        return (b"" if self._header is None else self._header.encode()) + bytes(self._buffer)
+
     def feed(self, data: bytes, fds: Sequence[int] = ()) -> Frame | None:
         """The next piece; a `Frame` if it completes one. ``ValueError`` for more than ``wanted`` bytes (the caller's mistake)."""
         self.fds.extend(fds)

@@ -21,6 +21,8 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable
 
+from qpair.app.parcel import Descriptor
+from qpair.app.passed import Passed, PassedRecord
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, from_errno
 from qpair.vhost.transport import wake
 
@@ -41,11 +43,12 @@ class Listener:
         self._sock: socket.socket | None = None
         self._file: tuple[int, int] | None = None
 
-    def open(self, passed: socket.socket | None = None) -> None:
+    def open(self, passed: Passed | None = None) -> None:
         """Bind and listen; or take ``passed``, which listens on this path."""
         if passed is not None:
-            passed.setblocking(False)
-            self._sock = passed
+            passed.sock.setblocking(False)
+            self._sock = passed.sock
+            self._file = _identity(self.path) if passed.owned else None
             return
         if not self.path or "\0" in self.path:
             raise InvalidArgument(f"socket path {self.path!r:.120} is empty or holds a zero byte")
@@ -75,6 +78,24 @@ class Listener:
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
             await accepted(connection)
+
+    @property
+    def closed(self) -> bool:
+        """It does not listen."""
+        return self._sock is None
+
+    def release(self) -> PassedRecord | None:
+        """Stop listening here, for somebody else to go on: the queue of connections and the file stay. Not while `run` runs."""
+        if self._sock is None:
+            return None
+        released = PassedRecord(os.path.abspath(self.path), Descriptor.duplicate(self._sock.fileno()), self._file is not None)
+        self._sock.close()
+        self._sock = None
+        return released
+
+    def disown(self) -> None:
+        """The file is somebody else's."""
+        self._file = None
 
     def close(self) -> None:
         """Stop listening and remove the file. Idempotent; not while `run` runs."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpair.vhost.framing import CONFIG_BYTES_MAX, Frame, ProtocolError, ProtocolFeatures, Request
 from qpair.vhost.messages import (
@@ -64,6 +64,9 @@ from qpair.vhost.messages import (
     decode_request,
     encode,
 )
+
+if TYPE_CHECKING:
+    from qpair.vhost.record import SessionRecord
 
 __all__ = ["CONFIG_WRITEBACK_OFFSET", "FEATURE_PROTOCOL_FEATURES", "OFFERED", "Answer", "BackendProtocol", "Command", "Refused"]
 
@@ -146,6 +149,12 @@ class BackendProtocol:
         self.features = 0
         self.protocol_features = ProtocolFeatures(0)
         self.memory: tuple[Slot, ...] = ()
+
+    def resume(self, record: SessionRecord) -> None:
+        """Go on where another process left off. The descriptors of guest memory are this state's from now on."""
+        self.features = record.features or 0
+        self.protocol_features = ProtocolFeatures(record.protocol_features or 0)
+        self.memory = record.regions()
 
     @property
     def _packed(self) -> bool:

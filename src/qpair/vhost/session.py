@@ -6,6 +6,10 @@ How it works: `Session.run` opens a session of the engine, then reads one messag
 its reply, answers, and only then reads the next. When the loop ends, for whatever reason, the engine's session is closed first (it drains every ring and lets
 go of all memory) and the socket after it, because a front end that sees the socket closed may give its memory to somebody else.
 
+A session can move to another process (`qpair.app.takeover`): `release` lets the message under way be answered, stops the rings without ending anything, closes the
+engine's session, and gives a `Released`: what the front end told so far, and the connection. A session made from that has all of it back before `restored` is set, and starts its
+rings when `start` is called. If the rings do not become quiet in time, this session goes on as if nothing had been asked.
+
 Errors: none leave `run`. The end of a session is one line in the log: the peer left, the peer broke the protocol, the engine refused,
 the engine ended the session, or somebody stopped it. A failed queue is one line too. ``lines`` limits them a second.
 
@@ -16,12 +20,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from qpair.app.logs import LineLimit
-from qpair.errors import QpairError, from_engine
+from qpair.app.parcel import Descriptor
+from qpair.errors import Busy, QpairError, from_engine
 from qpair.vhost.framing import ProtocolError
 from qpair.vhost.protocol import BackendProtocol, Command, Refused
+from qpair.vhost.record import MemoryRecord, Released, SessionRecord
 from qpair.vhost.transport import Channel, Received, close_all
 
 if TYPE_CHECKING:
@@ -29,6 +36,9 @@ if TYPE_CHECKING:
     from qpair.app.bridge import Bridge
 
 __all__ = ["Session"]
+
+PATIENCE_MS = 24 * 3600 * 1000
+"""Requests of a ring that stops to go on elsewhere are not ended early."""
 
 # These methods of the engine answer at once; all others return a token.
 _IMMEDIATE = frozenset({"vhost_get_config"})
@@ -40,7 +50,14 @@ class Session:
     """One connection to controller ``controller``. ``channel`` becomes the session's."""
 
     def __init__(
-        self, bridge: Bridge, controller: str, channel: Channel, *, close_deadline_ms: int = 10_000, lines: LineLimit | None = None
+        self,
+        bridge: Bridge,
+        controller: str,
+        channel: Channel,
+        *,
+        close_deadline_ms: int = 10_000,
+        lines: LineLimit | None = None,
+        record: SessionRecord | None = None,
     ) -> None:
         self.controller = controller
         self.channel = channel
@@ -52,6 +69,15 @@ class Session:
         self._lines = LineLimit() if lines is None else lines
         self._serving: asyncio.Task[None] | None = None
         self._memory_fds: list[int] = []
+        self._record = SessionRecord() if record is None else record
+        self.restored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the engine has taken what another process's session left, if there is such; or what it said against it."""
+        self._start = asyncio.Event()
+        if record is None:
+            self._start.set()
+        self._protocol: BackendProtocol
+        self._receiving: asyncio.Task[Received | None] | None = None
+        self._releasing: asyncio.Future[Released] | None = None
         self._failed: str | None = None
         self._stopped: str | None = None
 
@@ -66,8 +92,24 @@ class Session:
         if self._serving is not None:
             self._serving.cancel()
 
+    def start(self) -> None:
+        """Rings that ran in another process may run here now."""
+        self._start.set()
+
+    async def release(self, deadline_s: float) -> Released:
+        """Leave off between two messages, with all rings quiet; `run` ends then. `Busy` if they are not in time: it goes on as soon as they are; or if it ends."""
+        if self._serving is None or self._releasing is not None or self.ending:
+            raise Busy(f"vhost {self.controller}: its session cannot be released now")
+        self._releasing = asyncio.get_running_loop().create_future()
+        if self._receiving is not None:
+            self._receiving.cancel()
+        try:
+            return await asyncio.wait_for(self._releasing, deadline_s)
+        except TimeoutError:
+            raise Busy(f"vhost {self.controller}: requests in flight were not done within {deadline_s:g} s") from None
+
     async def run(self) -> None:
-        """Serve until the end, then drain and close."""
+        """Serve until the end, then drain and close; or until released."""
         unsubscribe = self._bridge.subscribe_session(self._on_event)
         try:
             self._serving = asyncio.create_task(self._serve(), name=f"vhost {self.controller}")
@@ -83,8 +125,28 @@ class Session:
             self.channel.close()
             memory_fds, self._memory_fds = self._memory_fds, []
             close_all(memory_fds)
+            for asked in (self.restored, self._releasing):
+                if asked is not None and not asked.done():
+                    asked.set_exception(Busy(f"vhost {self.controller}: its session ended: {self.reason}"))
+                    asked.exception()  # nobody need have asked
 
     async def _serve(self) -> None:
+        await self._open()
+        while True:
+            await self._start.wait()
+            for name, args in self._record.start_calls():
+                await self._call(name, args)
+            while self._releasing is None and (received := await self._next()) is not None:
+                with received:
+                    command = self._protocol.handle(received.frame)
+                    logger.debug("vhost %s: %s", self.controller, command.message)
+                    await self._answer(self._protocol, command, received)
+            if self._releasing is None or await self._hand_over(self._releasing):
+                return
+            self._releasing = None
+
+    async def _open(self) -> None:
+        """A session of the engine's, with all that the record has but its rings' start."""
         engine = self._bridge.engine
         try:
             opening = engine.vhost_session_open(self.controller)
@@ -92,19 +154,47 @@ class Session:
         except OSError as error:
             raise from_engine(error) from error
         self.id = await self._bridge.call(opening, unclaimed=self._abandon)
-        protocol = BackendProtocol(device_features=info["device_features"], num_queues=info["num_queues"])
-        self._lines.log(logger, logging.INFO, "vhost %s: a front end connected (session %s)", self.controller, self.id)
-        while (received := await self.channel.receive()) is not None:
-            with received:
-                command = protocol.handle(received.frame)
-                logger.debug("vhost %s: %s", self.controller, command.message)
-                await self._answer(protocol, command, received)
+        self._protocol = BackendProtocol(device_features=info["device_features"], num_queues=info["num_queues"])
+        inherited = self._start.is_set()
+        for name, args in self._record.restore_calls():
+            await self._call(name, args)
+        self._protocol.resume(self._record)
+        self._memory_fds = sorted(fd for _, fd in self._protocol.memory)
+        self.restored.set_result(None)
+        came = "a front end connected" if inherited else "a front end was taken over"
+        self._lines.log(logger, logging.INFO, "vhost %s: %s (session %s)", self.controller, came, self.id)
+
+    async def _next(self) -> Received | None:
+        """The next message; None: the front end left, or `release` was called."""
+        self._receiving = asyncio.create_task(self.channel.receive())
+        try:
+            return await self._receiving
+        except asyncio.CancelledError:
+            if self._releasing is None or (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            return None
+        finally:
+            self._receiving = None
+
+    async def _hand_over(self, asked: asyncio.Future[Released]) -> bool:
+        """Stop the rings, and give away what there is; False: whoever asked waits no longer. Nothing in flight is ended early, however long it takes."""
+        for index in self._record.running():
+            self._record.rings[index].base = await self._call("vhost_get_vring_base", (index,), deadline_ms=PATIENCE_MS)
+        if asked.done():
+            return False
+        record = self._record
+        record.memory = [MemoryRecord(Descriptor.duplicate(fd), *astuple(region)) for region, fd in self._protocol.memory]
+        record.unread, record.unread_fds = self.channel.take_unread()
+        self._stopped = "it was released"
+        asked.set_result(Released(self.channel.duplicate(), record))
+        return True
 
     async def _answer(self, protocol: BackendProtocol, command: Command, received: Received) -> None:
         try:
             value = await self._execute(command)
             if command.memory is not None:
                 self._keep_memory(protocol, command, received)
+            self._record.note(command.message, value, received.take)
             answer = protocol.answer(command, value)
         except (QpairError, Refused) as error:
             answer = protocol.refuse(command, error.errno)
@@ -129,24 +219,26 @@ class Session:
         close_all(dropped)
 
     async def _execute(self, command: Command) -> Any:
-        if command.call is None:
-            return None
+        return None if command.call is None else await self._call(command.call, command.args)
+
+    async def _call(self, name: str, args: tuple[Any, ...], **options: Any) -> Any:
         try:
-            result = getattr(self._bridge.engine, command.call)(self.id, *command.args)
+            result = getattr(self._bridge.engine, name)(self.id, *args, **options)
         except OSError as error:
             raise from_engine(error) from error
-        if command.call in _IMMEDIATE:
+        if name in _IMMEDIATE:
             return result
-        unclaimed = _close_reply if command.call == "vhost_get_inflight_fd" else None
+        unclaimed = _close_reply if name == "vhost_get_inflight_fd" else None
         return await self._bridge.call(result, unclaimed=unclaimed)
 
     async def _close_engine_session(self) -> None:
-        if self.id is None:
+        closing, self.id = self.id, None
+        if closing is None:
             return
         try:
-            await self._bridge.call(self._bridge.engine.vhost_session_close(self.id, deadline_ms=self._close_deadline_ms))
+            await self._bridge.call(self._bridge.engine.vhost_session_close(closing, deadline_ms=self._close_deadline_ms))
         except (QpairError, OSError) as error:
-            logger.error("vhost %s: session %s did not close cleanly: %s", self.controller, self.id, error)
+            logger.error("vhost %s: session %s did not close cleanly: %s", self.controller, closing, error)
 
     def _abandon(self, session: int) -> None:
         """The engine opened a session whose task was cancelled meanwhile."""
@@ -155,8 +247,9 @@ class Session:
     def _on_event(self, event: SessionEvent) -> None:
         if event.session != self.id:
             return
-        if event.kind == "queue_failed":
+        if event.kind == "queue_failed" and event.queue is not None:
             self._lines.log(logger, logging.WARNING, "vhost %s: queue %s failed: %s", self.controller, event.queue, event.reason)
+            self._record.ring(event.queue).failed = True
         else:
             self._failed = event.reason
             if self._serving is not None:

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
+from qpair.app.parcel import Descriptor
 from qpair.vhost.framing import FDS_MAX, Assembler, Frame, ProtocolError
 
 __all__ = ["Channel", "Received", "close_all", "wake"]
@@ -88,11 +89,25 @@ class Received:
 class Channel:
     """One connection. ``sock`` becomes the channel's, non-blocking, closed by `close`."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, unread: bytes = b"", fds: Sequence[Descriptor] = ()) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._assembler = Assembler()
         self._loop = asyncio.get_running_loop()
+        numbers = [fd.take() for fd in fds]
+        while unread:
+            wanted = self._assembler.wanted
+            self._assembler.feed(unread[:wanted], numbers)
+            unread, numbers = unread[wanted:], []
+
+    def take_unread(self) -> tuple[bytes, list[Descriptor]]:
+        """What came of an incomplete message, with its descriptors, for a channel elsewhere."""
+        fds, self._assembler.fds = self._assembler.fds, []
+        return self._assembler.partial, [Descriptor(fd) for fd in fds]
+
+    def duplicate(self) -> Descriptor:
+        """The connection, for a channel elsewhere."""
+        return Descriptor.duplicate(self._sock.fileno())
 
     async def receive(self) -> Received | None:
         """The next message, or None when the peer left between two messages."""

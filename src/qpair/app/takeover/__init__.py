@@ -1,0 +1,1 @@
+"""One process takes the place of another while front ends go on: ``qpair serve --takeover``."""
