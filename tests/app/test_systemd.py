@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from hostile.process import CORE, PROGRAM, Serve, until
-from qpair.app.systemd import Manager, PassedSockets
+from qpair.app.passed import PassedSockets
+from qpair.app.systemd import Manager
 from qpair.cli.unit import UNITS, unit
 from qpair.errors import InvalidArgument
 

@@ -103,13 +103,13 @@ fn pages(bytes: usize) -> u64 {
 
 /// What was never written costs no memory in the copy either.
 fn copy_what_is_not_zero(into: &Region, at: u64, from: &Region) -> Result<(), MemoryError> {
-    let mut piece = vec![0; COPY_BYTES];
+    let (mut piece, zeros) = (vec![0; COPY_BYTES], vec![0; COPY_BYTES]);
     let mut offset = 0;
     while offset < from.len() {
         let length = (from.len() - offset).min(COPY_BYTES as u64);
         let piece = &mut piece[..length as usize];
         from.read(offset, piece)?;
-        if piece.iter().any(|byte| *byte != 0) {
+        if *piece != zeros[..piece.len()] {
             into.write(at + offset, piece)?;
         }
         offset += length;

@@ -180,20 +180,31 @@ impl Core {
         if late.is_empty() {
             return Ok(());
         }
-        Err(Failure::new(libc::ETIMEDOUT, format!("stop: not done within {} ms: {}", deadline.as_millis(), late.join("; "))))
+        Err(not_in_time("stop", deadline, &late))
+    }
+
+    /// Front ends and bdevs end, the reactors do not: to end a reactor takes longer than those for whom this is done can wait. Blocks.
+    pub fn rest(&self, deadline: Duration) -> Result<(), Failure> {
+        let mut late = Vec::new();
+        self.stop_users(Instant::now() + deadline, &mut late);
+        late.is_empty().then_some(()).ok_or_else(|| not_in_time("stop_bdevs", deadline, &late))
     }
 
     fn stop_in_order(&self, until: Instant) -> Vec<String> {
         self.outbox.shut();
         let mut late = Vec::new();
-        self.stop_front_ends(until, &mut late);
-        self.stop_bdevs(until, &mut late);
-        if !self.runs.stop(until) {
-            late.push("a load run had I/O under way".to_owned());
-        }
+        self.stop_users(until, &mut late);
         self.stop_reactors(until, &mut late);
         self.pool.sleep();
         late
+    }
+
+    fn stop_users(&self, until: Instant, late: &mut Vec<String>) {
+        self.stop_front_ends(until, late);
+        self.stop_bdevs(until, late);
+        if !self.runs.stop(until) {
+            late.push("a load run had I/O under way".to_owned());
+        }
     }
 
     /// Who makes I/O first, and only then the sessions: a load of ours may run through a target of ours.
@@ -271,6 +282,10 @@ impl Core {
             Err(error) => late.push(format!("no thread to join the reactors: {error}")),
         }
     }
+}
+
+fn not_in_time(what: &str, deadline: Duration, late: &[String]) -> Failure {
+    Failure::new(libc::ETIMEDOUT, format!("{what}: not done within {} ms: {}", deadline.as_millis(), late.join("; ")))
 }
 
 /// Stops an engine that nobody refers to any more, without making its last holder wait.

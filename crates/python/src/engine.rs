@@ -114,6 +114,13 @@ impl Engine {
     }
 
     #[pyo3(signature = (deadline_ms=Number::of(10_000)), text_signature = "($self, deadline_ms=10000)")]
+    fn stop_bdevs(&self, py: Python<'_>, deadline_ms: Number) -> PyResult<()> {
+        let deadline = Duration::from_nanos(deadline_ms.deadline_ns("deadline_ms")?);
+        let core = self.running()?;
+        Ok(py.detach(|| core.rest(deadline))?)
+    }
+
+    #[pyo3(signature = (deadline_ms=Number::of(10_000)), text_signature = "($self, deadline_ms=10000)")]
     fn stop(&self, py: Python<'_>, deadline_ms: Number) -> PyResult<()> {
         let deadline = Duration::from_nanos(deadline_ms.deadline_ns("deadline_ms")?);
         let core = self.core()?;

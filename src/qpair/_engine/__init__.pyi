@@ -129,6 +129,9 @@ class Engine:
         ("active" | "armed"), busy_ns, runs, busy_runs}]``. Waits at most 100 ms for each reactor, without the GIL; one that does not
         answer is not ``responsive``, and its figures are the last it told."""
 
+    def stop_bdevs(self, deadline_ms: int = 10_000) -> None:
+        """Front ends, load runs and bdevs: what they had open is closed then. The reactors go on until ``stop``, which is all that is to come. Blocks without the GIL."""
+
     def stop(self, deadline_ms: int = 10_000) -> None:
         """Front ends, then bdevs, then reactors; each outstanding token is answered first. Idempotent. Blocks without the GIL."""
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HttpOptions", "ServeOptions", "run"]
 
+REST_MS = 10_000
 PASSWORD_VARIABLE = "QPAIR_RPC_HTTP_PASSWORD"
 
 logger = logging.getLogger("qpair.app")
@@ -213,6 +214,7 @@ class _Process:
     # -- taking another process's place, and giving this one's ------------------------------------
 
     async def _take_over(self) -> None:
+        import qpair.vhost.session  # noqa: F401  (else it would be read while disks stand still)
         from qpair.app.takeover.taker import Taker, adopt
 
         taker = await Taker.ask(self._options.address)
@@ -264,13 +266,18 @@ class _Process:
             raise
         if self._watching is not None:
             self._watching.cancel()
-        await stack.stop()
+        try:
+            await stack.rest(REST_MS)
+        except BaseException:
+            await self.rebuild(handover)
+            raise
         return handover
 
     async def rebuild(self, handover: Handover) -> None:
         """Go on after all."""
         from qpair.app.takeover.taker import adopt
 
+        await self.stack.stop()
         try:
             self.stack = stack = self._new_stack(self.stack.cores, self.stack.vhost_dir)
             await self._start_reactors(stack)

@@ -198,6 +198,15 @@ class Stack:
         self._ready.set()
         self.state = "stopped"
 
+    async def rest(self, deadline_ms: int) -> None:
+        """As much of `stop` as lets go of everything outside this process; `stop` ends the reactors, which takes longer."""
+        deadline = time.monotonic() + deadline_ms / 1000
+        await self._stop_subsystems(deadline)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self.engine.stop_bdevs, max(100, int((deadline - time.monotonic()) * 1000)))
+        except OSError as error:
+            raise from_engine(error) from error
+
     async def _stop_subsystems(self, deadline: float) -> None:
         while self._started:
             await self._stop_one(self._started.pop(), deadline)
