@@ -162,7 +162,7 @@ class VhostEngine(Engine):
     def vhost_set_vring_base(self, session: int, queue: int, base: int) -> int:
         return self.finish("vhost_set_vring_base", session=session, args=(queue, base))
 
-    def vhost_get_vring_base(self, session: int, queue: int) -> int:
+    def vhost_get_vring_base(self, session: int, queue: int, *, deadline_ms: int = 5_000) -> int:
         return self.finish("vhost_get_vring_base", 0x1234, session=session, args=(queue,))
 
     def vhost_set_vring_kick(self, session: int, queue: int, fd: int | None) -> int:

@@ -135,6 +135,9 @@ async def test_the_inflight_region_travels_both_ways_with_its_descriptor(
     assert recorder.calls[-1].args == (8192, 0, 2, 128)
     assert recorder.calls[-1].files == ((identity.st_dev, identity.st_ino),)
     os.close(fd)
+    [kept] = count_fds() - before
+    assert "inflight" in kept, "the session keeps one, for a successor"
+    assert await peer.order(m.ResetDevice()) == 0
     assert count_fds() == before
 
 

@@ -32,7 +32,7 @@ PREPARE_S = 60.0
 QUIET_S = 2.0
 READY_S = 30.0
 SEND_S = 10.0
-END_S = 5.0
+END_S = 2.0
 
 logger = logging.getLogger("qpair.app")
 
