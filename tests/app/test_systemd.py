@@ -130,7 +130,9 @@ def test_a_socket_is_lent_again_and_its_file_stays(tmp_path: Path) -> None:
     sockets = PassedSockets()
     sockets.add(listening(tmp_path / "s").detach())
     for _ in range(2):
-        with sockets.borrow(str(tmp_path / "s")) or pytest.fail("it was passed") as lent, socket.socket(socket.AF_UNIX) as client:
+        passed = sockets.borrow(str(tmp_path / "s")) or pytest.fail("it was passed")
+        assert not passed.owned
+        with passed.sock as lent, socket.socket(socket.AF_UNIX) as client:
             client.connect(str(tmp_path / "s"))
             lent.accept()[0].close()
     assert sockets.borrow(str(tmp_path / "other")) is None

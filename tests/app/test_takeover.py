@@ -44,7 +44,9 @@ def config(server: Serve) -> Any:
 
 
 def under_load(served: Serve, disk: str, seconds: int = 4) -> Perf:
-    load = Perf(f"vhost:{served.folder / disk}", "-m", str(max(os.sched_getaffinity(0))), "-w", "randrw", "-q", "16", "-t", str(seconds), "--verify")
+    load = Perf(
+        f"vhost:{served.folder / disk}", "-m", str(max(os.sched_getaffinity(0))), "-w", "randrw", "-q", "16", "-t", str(seconds), "--verify"
+    )
     until(lambda: served.rpc("vhost_get_controllers", name=disk)[0]["sessions"], "the load is connected")
     until(lambda: reads(served, disk) > 1000, "the load runs")
     return load
@@ -94,7 +96,11 @@ def test_data_in_memory_and_limits_and_names_come_along(served: Serve) -> None:
         assert served.process.wait(20) == 0
         assert successor.rpc("bdev_get_bdevs") == before
         copy = served.folder / "copy"
-        subprocess.run([PROGRAM, "dd", f"--if=vhost:{served.folder / 'ram0'}", f"--of={copy}", "--count", "16384", "--bs", "512"], check=True, capture_output=True)
+        subprocess.run(
+            [PROGRAM, "dd", f"--if=vhost:{served.folder / 'ram0'}", f"--of={copy}", "--count", "16384", "--bs", "512"],
+            check=True,
+            capture_output=True,
+        )
         assert copy.read_bytes()[: 8 << 20] == image.read_bytes()
 
 
@@ -105,6 +111,24 @@ def test_the_pid_file_is_the_successors(tmp_path: Path) -> None:
         assert pid_file.read_text() == f"{successor.pid}\n"
         assert successor.end() == 0
         assert not pid_file.exists()
+
+
+def test_a_signal_starts_a_successor_with_the_same_options(tmp_path: Path) -> None:
+    disk = {"method": "bdev_null_create", "params": {"name": "n", "num_blocks": 8, "block_size": 512}}
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps({"subsystems": [{"subsystem": "bdev", "config": [disk]}]}))
+    with Serve(tmp_path, "-c", str(saved), "-f", str(tmp_path / "pid")) as served:
+        served.rpc("bdev_null_delete", name="n")
+        served.malloc("ram")
+        served.process.send_signal(signal.SIGUSR2)
+        assert served.process.wait(20) == 0
+        until(lambda: (tmp_path / "pid").exists(), "the successor has started")
+        pid = int((tmp_path / "pid").read_text())
+        assert pid != served.pid
+        until(lambda: alive_rpc(served), "it answers")
+        assert [bdev["name"] for bdev in served.rpc("bdev_get_bdevs")] == ["ram"], "what is, not what the file says"
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not served.socket.exists(), "it ends")
 
 
 # -- who may not ------------------------------------------------------------------------------------
@@ -140,9 +164,6 @@ def test_what_cannot_be_taken_over_is_named(tmp_path: Path) -> None:
     done = subprocess.run([PROGRAM, "serve", "--takeover", "-r", str(tmp_path / "none.sock")], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert "no server answers on" in done.stderr
-    done = subprocess.run([PROGRAM, "serve", "--takeover", "-c", "x.json"], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 2
-    assert "leave -c and --wait-for-rpc out" in done.stderr
 
 
 def test_a_second_taker_waits_for_nothing(served: Serve) -> None:

@@ -84,12 +84,12 @@ class StorageDaemon(Server):
 class QpairServer(Server):
     """``qpair serve`` with an RPC client of SPDK's connected to it."""
 
-    def __init__(self, folder: Path, *options: str, cores: str = "0x3") -> None:
+    def __init__(self, folder: Path, *options: str, cores: str = "0x3", log: str = "qpair.log") -> None:
         self.folder = folder
         self.rpc_socket = folder / "rpc.sock"
         program = str(Path(sys.executable).with_name("qpair"))
         command = [program, "serve", "-r", str(self.rpc_socket), "-m", cores, "-S", str(folder), *options]
-        super().__init__(command, dict(os.environ), folder / "qpair.log", self._answers)
+        super().__init__(command, dict(os.environ), folder / log, self._answers)
 
     def _answers(self) -> bool:
         if not self.rpc_socket.exists():

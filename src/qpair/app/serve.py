@@ -2,7 +2,7 @@
 
 How it works: reactors, then the configuration's startup calls, then (unless it waits for framework_start_init) the subsystems and the rest of the
 configuration, then the RPC socket and the ready line; a service manager is told as well (see `qpair.app.systemd`). SIGTERM, SIGINT and spdk_kill_instance end it cleanly: RPC, front ends, bdevs, reactors, each with a deadline. A
-second signal ends it at once. How one process takes another's place stands in `qpair.app.takeover.messages`; here is what each then does with its stack.
+second signal ends it at once. SIGUSR2 starts a successor. How one process takes another's place stands in `qpair.app.takeover.messages`; here is what each then does with its stack.
 
 Exit codes: 0 stopped cleanly; 1 could not start (the reason is on standard error); 128 + signal for the second signal.
 """
@@ -15,7 +15,9 @@ import logging
 import os
 import resource
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,6 +96,8 @@ class ServeOptions:
     vhost_dir: str | None = None
     """None: here, or what the process has whose place is taken."""
     takeover: bool = False
+    again: list[str] = field(default_factory=list)
+    """The command of a successor, which SIGUSR2 starts."""
     busy_poll: bool = False
     driver: Literal["auto", "io_uring", "epoll"] = "auto"
     spin_us: int = 50
@@ -146,6 +150,7 @@ class _Process:
         config = read(options.config) if options.config is not None else None
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signal, number)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self._start_successor)
         if options.takeover:
             await self._take_over()
         else:
@@ -239,6 +244,17 @@ class _Process:
     async def _resume(self, stack: Stack) -> None:
         stack.vhost.start_sessions()
         await self._listen(stack)
+
+    def _start_successor(self) -> None:
+        """The program as it is installed now takes this process's place: how a service manager upgrades (``systemctl reload``)."""
+        environment = {**os.environ, **self._manager.environment()}
+        try:
+            child = subprocess.Popen(self._options.again, env=environment, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            logger.error("SIGUSR2: a successor cannot be started: %s", error.strerror)
+            return
+        logger.log(25, "SIGUSR2: process %d is to take over", child.pid)
+        threading.Thread(target=child.wait, name="qpair-successor", daemon=True).start()
 
     async def _asked_to_give(self, path: str, protocols: list[int]) -> None:
         from qpair.app.takeover.giver import Giver

@@ -203,7 +203,9 @@ class Stack:
         deadline = time.monotonic() + deadline_ms / 1000
         await self._stop_subsystems(deadline)
         try:
-            await asyncio.get_running_loop().run_in_executor(None, self.engine.stop_bdevs, max(100, int((deadline - time.monotonic()) * 1000)))
+            await asyncio.get_running_loop().run_in_executor(
+                None, self.engine.stop_bdevs, max(100, int((deadline - time.monotonic()) * 1000))
+            )
         except OSError as error:
             raise from_engine(error) from error
 

@@ -61,6 +61,11 @@ class Manager:
                 made.sockets.add(descriptor)
         return made
 
+    def environment(self) -> dict[str, str]:
+        """What a successor of this process is to find in its environment; sockets come to it another way."""
+        said = {} if self._address is None else {"NOTIFY_SOCKET": self._address.replace("\0", "@", 1)}
+        return said if self.watchdog_s is None else {**said, "WATCHDOG_USEC": str(int(self.watchdog_s * 1e6))}
+
     def tell(self, **fields: str | int) -> bool:
         """``tell(READY=1, STATUS="...")``; whether somebody was told. A manager that does not take it is no reason to stop."""
         if self._address is None:

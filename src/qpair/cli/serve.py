@@ -9,7 +9,7 @@ from qpair.app.logs import FLAGS, LEVELS
 from qpair.app.serve import PASSWORD_VARIABLE, HttpOptions, ServeOptions, run
 from qpair.bdev.trace import parse_groups
 from qpair.cli.unit import UNITS, unit
-from qpair.errors import InvalidArgument, QpairError
+from qpair.errors import QpairError
 
 __all__ = ["parser", "serve"]
 
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--takeover",
         action="store_true",
-        help="take the place of the process that answers RPC at -r, with all that it serves; its -m and -S, too",
+        help="take the place of the process that answers RPC at -r, with all that it serves",
     )
     add("--wait-for-rpc", action="store_true", help="wait for framework_start_init before the subsystems start")
     add("-S", dest="vhost_dir", metavar="DIR", help="directory of vhost sockets (default: here)")
@@ -104,7 +104,9 @@ def serve(arguments: list[str]) -> int:
         print(unit(given.print_unit), end="")
         return 0
     try:
-        return run(_options(given))
+        options = _options(given)
+        options.again = [sys.executable, "-m", "qpair.cli", "serve", *(word for word in arguments if word != "--takeover"), "--takeover"]
+        return run(options)
     except QpairError as error:
         print(f"qpair serve: {error}", file=sys.stderr)
         return 2
@@ -122,8 +124,10 @@ def _options(given: argparse.Namespace) -> ServeOptions:
         else:
             notes.append(f"-L {flag}")
     mask: str | None = given.cpumask
-    if given.takeover and (given.config is not None or given.wait_for_rpc):
-        raise InvalidArgument("--takeover has the configuration of the process whose place it takes: leave -c and --wait-for-rpc out")
+    if given.takeover:
+        # So that the line that started the first process is good for its successors.
+        notes += [f"{flag} beside --takeover" for flag, on in (("-c", given.config), ("--wait-for-rpc", given.wait_for_rpc)) if on]
+        given.config, given.wait_for_rpc = None, False
     trace_mask, idle = (0, []) if given.tpoint_group is None else parse_groups(given.tpoint_group)
     notes += [f"-e {group}" for group in idle]
     return ServeOptions(
