@@ -8,6 +8,7 @@ import asyncio
 import atexit
 import hashlib
 import json
+import os
 import struct
 import sys
 import time
@@ -25,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 with atheris.instrument_imports(include=["qpair", "json"]):
     import rpc_requests
-    from qpair.app import config
+    from qpair.app import config, parcel
+    from qpair.app.takeover import messages as messages_of_takeover
     from qpair.bdev import gpt
     from qpair.errors import ConfigError
     from qpair.rpc import framing as json_framing
     from qpair.rpc import protocol as json_rpc
-    from qpair.vhost import framing, messages
+    from qpair.vhost import framing, messages, record
 
 DESCRIPTORS_MAX = 10
 ARTIFACTS = Path("fuzz/artifacts").resolve()
@@ -158,6 +160,21 @@ class Asked:
         return f"rpc_methods: {self.requests} requests of {self.inputs} inputs in {time.monotonic() - self.began:.0f} s"
 
 
+def takeover(data: bytes) -> None:
+    """What giver and taker say, with up to three descriptors: a message, or `ParcelError`; and what restores a session is calls with plain arguments."""
+    fds = [os.dup(0) for _ in range(data[0] % 4)] if data else []
+    for kind in (messages_of_takeover.FromGiver, messages_of_takeover.FromTaker, record.ControllerRecord):
+        with suppress(parcel.ParcelError):
+            found: Any = parcel.unpack(data[1:], [os.dup(fd) for fd in fds], kind)
+            parcel.pack(found)
+            for controller in getattr(found, "controllers", [found]):
+                if getattr(controller, "session", None) is not None:
+                    known = controller.session.record
+                    assert all(name.startswith("vhost_set_") for name, _ in (*known.restore_calls(), *known.start_calls()))
+    for fd in fds:
+        os.close(fd)
+
+
 def rpc_methods(data: bytes) -> None:
     """Whole requests to every method, of stacks in this process: the bytes choose among what the declared types allow, and what they do not."""
     ASKED.input(data)
@@ -166,7 +183,8 @@ def rpc_methods(data: bytes) -> None:
 ASKED = Asked()
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration, partition_table, rpc_methods)
+    target.__name__: target
+    for target in (vhost_requests, vhost_replies, json_rpc_stream, configuration, partition_table, takeover, rpc_methods)
 }
 
 if __name__ == "__main__":

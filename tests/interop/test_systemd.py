@@ -61,6 +61,17 @@ def test_a_server_under_systemd_lives_and_is_brought_back(systemd: Booted) -> No
     systemd.run(PROGRAM, "perf", f"vhost:{DISK}", "--time", "0.5", "--json")
     assert systemd.run("stat", "-c", "%a %U", RPC).split() == ["660", "qpair"]
 
+    # An upgrade: what it serves is there afterwards, and so is the one who is watched.
+    systemd.run("systemctl", "reload", "qpair.service")
+    until(lambda: systemd.show("qpair.service", "MainPID") not in (pid, "0"), "the successor is the service", timeout_s=30)
+    assert systemd.show("qpair.service", "ActiveState") == "active"
+    assert json.loads(call(systemd, "bdev_get_bdevs"))[0]["name"] == "m0"
+    systemd.run(PROGRAM, "perf", f"vhost:{DISK}", "--time", "0.5", "--json")
+    pid = systemd.show("qpair.service", "MainPID")
+    time.sleep(3)
+    assert systemd.show("qpair.service", "MainPID") == pid, "the watchdog is told"
+    assert systemd.show("qpair.service", "NRestarts") == "0"
+
     # It hangs: nobody is refused meanwhile, and the next one answers.
     systemd.run("kill", "-STOP", pid)
     begin = time.monotonic()

@@ -11,6 +11,7 @@ Errors: `Lost` and what RPC says: the running process cannot be asked, refuses, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import tempfile
@@ -22,7 +23,8 @@ from qpair.app.config import load_runtime, parse
 from qpair.app.takeover.messages import PROTOCOLS, FromGiver, Go, Handover, Offer, Prepared, Ready
 from qpair.app.takeover.peer import Lost, Peer, same_user
 from qpair.app.version import VERSION
-from qpair.errors import MethodNotFound, QpairError, Unsupported
+from qpair.errors import InvalidArgument, MethodNotFound, QpairError, Unsupported
+from qpair.rpc.address import parse_address
 
 if TYPE_CHECKING:
     from qpair.app.config import Config
@@ -46,7 +48,7 @@ class Taker:
     @classmethod
     async def ask(cls, address: str) -> Taker:
         """Ask whoever answers RPC at ``address``; back when the offer is there."""
-        with tempfile.TemporaryDirectory(prefix="qpair-takeover-") as directory:
+        with _directory(address) as directory:
             path = os.path.join(directory, "sock")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(path)
@@ -85,6 +87,18 @@ class Taker:
     def close(self) -> None:
         """Idempotent."""
         self._peer.close()
+
+
+def _directory(address: str) -> tempfile.TemporaryDirectory[str]:
+    """Beside the RPC socket, where the other surely comes; else where temporary files are."""
+    target = parse_address(address)
+    if not isinstance(target, str):
+        raise InvalidArgument(f"takeover: {address} is no Unix socket, and only there descriptors can be passed")
+    beside = os.path.dirname(os.path.abspath(target))
+    if len(os.fsencode(beside)) < 70:  # a socket's path has 107 bytes at most
+        with contextlib.suppress(OSError):
+            return tempfile.TemporaryDirectory(prefix=".takeover-", dir=beside)
+    return tempfile.TemporaryDirectory(prefix="qpair-takeover-")
 
 
 async def _call(address: str, params: dict[str, Any]) -> None:
