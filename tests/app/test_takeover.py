@@ -43,6 +43,10 @@ def config(server: Serve) -> Any:
     return {name: server.rpc("framework_get_config", name=name) for name in names}
 
 
+def by_name(server: Serve) -> dict[str, Any]:
+    return {bdev["name"]: bdev for bdev in server.rpc("bdev_get_bdevs")}
+
+
 def under_load(served: Serve, disk: str, seconds: int = 4) -> Perf:
     load = Perf(
         f"vhost:{served.folder / disk}", "-m", str(max(os.sched_getaffinity(0))), "-w", "randrw", "-q", "16", "-t", str(seconds), "--verify"
@@ -91,10 +95,10 @@ def test_data_in_memory_and_limits_and_names_come_along(served: Serve) -> None:
     image.write_bytes(os.urandom(8 << 20))
     subprocess.run([PROGRAM, "dd", f"--if={image}", f"--of=vhost:{served.folder / 'ram0'}"], check=True, capture_output=True)
     served.rpc("bdev_set_qos_limit", name="ram", rw_ios_per_sec=100_000)
-    before = served.rpc("bdev_get_bdevs")
+    before = by_name(served)
     with take(served) as successor:
         assert served.process.wait(20) == 0
-        assert successor.rpc("bdev_get_bdevs") == before
+        assert by_name(successor) == before
         copy = served.folder / "copy"
         subprocess.run(
             [PROGRAM, "dd", f"--if=vhost:{served.folder / 'ram0'}", f"--of={copy}", "--count", "16384", "--bs", "512"],
@@ -102,6 +106,25 @@ def test_data_in_memory_and_limits_and_names_come_along(served: Serve) -> None:
             capture_output=True,
         )
         assert copy.read_bytes()[: 8 << 20] == image.read_bytes()
+
+
+def test_a_mirror_with_superblocks_and_its_parts_are_there_afterwards(served: Serve) -> None:
+    for number in range(2):
+        image = served.folder / f"leg{number}.img"
+        image.write_bytes(bytes(16 << 20))
+        served.rpc("bdev_aio_create", name=f"leg{number}", filename=str(image), block_size=512)
+    served.rpc("bdev_raid_create", name="mirror", raid_level="raid1", base_bdevs=["leg0", "leg1"], superblock=True)
+    served.rpc("bdev_split_create", base_bdev="mirror", split_count=2)
+    served.export("half0", "mirrorp0")
+    load = under_load(served, "half0")
+    before = by_name(served)
+    with take(served) as successor:
+        assert served.process.wait(20) == 0
+        assert by_name(successor) == before
+        served_well(load)
+        [array] = successor.rpc("bdev_raid_get_bdevs", category="online")
+        assert array["num_base_bdevs_operational"] == 2
+    assert not served.lines("ERROR|CRITICAL|Traceback")
 
 
 def test_the_pid_file_is_the_successors(tmp_path: Path) -> None:
