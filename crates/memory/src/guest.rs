@@ -132,6 +132,27 @@ impl GuestMemory {
         (&self.rows[place.row as usize].region, place.offset)
     }
 
+    /// The guest address of a piece that [`resolve`](Self::resolve) or [`likely`](Self::likely) of this table gave. None: it is of another.
+    pub fn guest_address(&self, piece: &Sge) -> Option<u64> {
+        let here = |row: &&GuestRegion| row.region.is(&piece.region) && piece.offset.wrapping_sub(row.offset) < row.length;
+        let likely = self.rows.get(self.last.get()).filter(here);
+        let row = likely.or_else(|| self.rows.iter().find(here))?;
+        Some(row.guest_address + (piece.offset - row.offset))
+    }
+
+    /// The guest address of a place of this table.
+    #[inline]
+    pub fn guest_address_at(&self, place: Place) -> u64 {
+        let row = &self.rows[place.row as usize];
+        row.guest_address.wrapping_add(place.offset.wrapping_sub(row.offset))
+    }
+
+    /// The guest address of a front-end address.
+    pub fn guest_address_of_user(&self, address: u64) -> Option<u64> {
+        let row = self.rows.iter().find(|row| address.wrapping_sub(row.user_address) < row.length)?;
+        Some(row.guest_address + (address - row.user_address))
+    }
+
     /// As [`find`](Self::find), by front-end address. For ring addresses, which come once.
     pub fn find_user(&self, address: u64, length: u64) -> Result<(&Region, u64), MemoryError> {
         let row = self.rows.iter().find(|row| {

@@ -17,6 +17,7 @@
 //!
 //! Limits. At most [`fault::MAPPINGS_MAX`] shared mappings at once, because the signal handler walks a fixed table.
 
+mod bitmap;
 mod copy;
 pub mod fault;
 mod guest;
@@ -25,6 +26,7 @@ mod origin;
 mod region;
 mod shared;
 
+pub use bitmap::{BITMAP_PAGE, PageBitmap};
 pub use guest::{GuestMemory, GuestRegion, Place};
 pub use mapping::{Mapping, Pages};
 pub use origin::drop_apart;

@@ -40,6 +40,12 @@ impl Region {
         &self.0.mapping
     }
 
+    /// Whether both are clones of one.
+    #[inline]
+    pub fn is(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+
     /// How many holds this reactor has on the mapping through this region.
     pub fn holds(&self) -> usize {
         Rc::strong_count(&self.0)

@@ -76,7 +76,7 @@ fn serve(target: &Arc<Target>, layout: &Arc<VirtioLayout>, queue: &QueueSetup, f
         source: Source::Mapping(mapping),
     };
     let places = layout.queue_addresses(0).ok_or("no queue 0")?;
-    let addresses = Addresses { desc: places.desc, avail: places.avail, used: places.used };
+    let addresses = Addresses { desc: places.desc, avail: places.avail, used: places.used, log: None };
     let commands = [
         Command::SetFeatures(features.bits()),
         Command::SetMemTable(vec![row]),

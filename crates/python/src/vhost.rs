@@ -11,7 +11,7 @@ use std::time::Instant;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use qpair_reactor::event::Event;
-use qpair_vhost::{Addresses, Answer, Broken, Command, ControllerInfo, MemoryRow, Options, QueueState, Source, Target, VhostError};
+use qpair_vhost::{Addresses, Answer, Command, ControllerInfo, MemoryRow, Options, QueueState, Source, Target, VhostError};
 
 use crate::core::{Core, lock};
 use crate::engine::Engine;
@@ -42,7 +42,7 @@ pub struct Room {
 impl Room {
     pub fn new(registry: Arc<qpair_bdev::Registry>, outbox: Arc<Outbox>) -> Arc<Self> {
         let target = Target::new(registry, move |failure| {
-            let gone = failure.broken == Broken::MemoryVanished;
+            let gone = failure.broken.ends_session();
             outbox.push(News::Session {
                 session: failure.session,
                 kind: if gone { "failed" } else { "queue_failed" },
@@ -283,10 +283,10 @@ impl Engine {
         avail: Number,
         log: Number,
     ) -> PyResult<u64> {
-        // The one flag asks for a log of dirty pages, which is not offered.
-        flags.within("flags", 0..=0)?;
-        log.u64("log")?;
-        let addresses = Addresses { desc: desc.u64("desc")?, avail: avail.u64("avail")?, used: used.u64("used")? };
+        // The one flag asks that the ring's own writes be logged, too.
+        let logged = flags.within("flags", 0..=1)? == 1;
+        let log = Some(log.u64("log")?).filter(|_| logged);
+        let addresses = Addresses { desc: desc.u64("desc")?, avail: avail.u64("avail")?, used: used.u64("used")?, log };
         self.vhost_command(session, Command::SetVringAddr { queue: queue_index(queue)?, addresses })
     }
 
@@ -343,6 +343,19 @@ impl Engine {
     fn vhost_get_config<'py>(&self, py: Python<'py>, session: Number) -> PyResult<Bound<'py, PyBytes>> {
         let config = self.running()?.vhost.target.config(session.u64("session")?).map_err(Failure::from)?;
         Ok(PyBytes::new(py, &config))
+    }
+
+    fn vhost_set_log_base(&self, session: Number, fd: Number, mmap_size: Number, mmap_offset: Number) -> PyResult<u64> {
+        let (size, offset) = (mmap_size.u64("mmap_size")?, mmap_offset.u64("mmap_offset")?);
+        self.vhost_command(session, Command::SetLogBase { fd: duplicate("fd", fd)?, size, offset })
+    }
+
+    fn vhost_set_log_fd(&self, session: Number, fd: Number) -> PyResult<u64> {
+        self.vhost_command(session, Command::SetLogFd(eventfd("fd", fd)?))
+    }
+
+    fn vhost_set_writeback(&self, session: Number, writeback: bool) -> PyResult<u64> {
+        self.vhost_command(session, Command::SetWriteback(writeback))
     }
 
     fn vhost_reset_device(&self, session: Number) -> PyResult<u64> {

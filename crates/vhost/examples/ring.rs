@@ -157,7 +157,7 @@ impl Guest {
         target.create("disk", "bench", vec![reactor.clone()], Options { packed_ring: true, ..Options::default() })?;
         let session = target.open("disk")?;
         let row = MemoryRow { guest_address: 0, length: 8 << 20, user_address: 0, offset: 0, source: Source::Mapping(self.memory.clone()) };
-        let addresses = Addresses { desc: self.layout.desc, avail: self.layout.avail, used: self.layout.used };
+        let addresses = Addresses { desc: self.layout.desc, avail: self.layout.avail, used: self.layout.used, log: None };
         let mut features = Features::VERSION_1 | Features::RING_EVENT_IDX;
         features.set(Features::RING_PACKED, self.packed.is_some());
         let commands = [

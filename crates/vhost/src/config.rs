@@ -12,19 +12,20 @@ pub(crate) const RANGES_MAX: usize = 16;
 
 /// Feature bits offered for a bdev.
 pub fn features(info: &Info, readonly: bool, packed_ring: bool) -> u64 {
-    let mut ring = Features::VERSION_1 | Features::RING_EVENT_IDX | Features::INDIRECT_DESC | Features::PROTOCOL_FEATURES;
+    let mut ring =
+        Features::LOG_ALL | Features::VERSION_1 | Features::RING_EVENT_IDX | Features::INDIRECT_DESC | Features::PROTOCOL_FEATURES;
     ring.set(Features::RING_PACKED, packed_ring);
     let mut blk = BlkFeatures::SEG_MAX | BlkFeatures::SIZE_MAX | BlkFeatures::BLK_SIZE | BlkFeatures::TOPOLOGY | BlkFeatures::MQ;
     blk.set(BlkFeatures::RO, readonly || info.readonly);
-    blk.set(BlkFeatures::FLUSH, info.write_cache);
+    blk.set(BlkFeatures::FLUSH | BlkFeatures::CONFIG_WCE, info.write_cache);
     let writes = !(readonly || info.readonly);
     blk.set(BlkFeatures::DISCARD, writes && info.supported.has(Op::Unmap));
     blk.set(BlkFeatures::WRITE_ZEROES, writes && (info.supported.has(Op::WriteZeroes) || info.supported.has(Op::Write)));
     ring.bits() | blk.bits()
 }
 
-/// The configuration space as the driver reads it.
-pub(crate) fn config(info: &Info, num_queues: u32) -> Vec<u8> {
+/// The configuration space as the driver reads it. `writeback`: what it said of its write cache, if there is one.
+pub(crate) fn config(info: &Info, num_queues: u32, writeback: bool) -> Vec<u8> {
     let sectors_a_block = info.block_size / SECTOR_BYTES as u32;
     let capacity = info.bytes() / SECTOR_BYTES;
     let ranges = u32::try_from(capacity).unwrap_or(u32::MAX) / sectors_a_block * sectors_a_block;
@@ -37,7 +38,7 @@ pub(crate) fn config(info: &Info, num_queues: u32) -> Vec<u8> {
         physical_block_exp: physical.ilog2() as u8,
         min_io_size: u16::try_from(info.write_unit_blocks).unwrap_or(1).into(),
         opt_io_size: info.optimal_io_boundary.into(),
-        writeback: u8::from(info.write_cache),
+        writeback: u8::from(info.write_cache && writeback),
         num_queues: (num_queues as u16).into(),
         max_discard_sectors: ranges.into(),
         max_discard_seg: (RANGES_MAX as u32).into(),

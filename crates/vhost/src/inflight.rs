@@ -33,7 +33,7 @@ pub struct Inflight {
 impl Inflight {
     /// A new, empty one, and its descriptor for the front end.
     pub fn create(num_queues: u16, queue_size: u16, packed: bool) -> Result<(Self, OwnedFd, u64), VhostError> {
-        check(num_queues, queue_size, packed)?;
+        check(num_queues, queue_size)?;
         let bytes = region_bytes(num_queues, queue_size, packed);
         let mapping = Mapping::memfd("qpair-inflight", bytes as usize)?;
         let fd = mapping.fd().ok_or(VhostError::State("the inflight region has no descriptor".into()))?;
@@ -43,7 +43,7 @@ impl Inflight {
 
     /// One that the front end gave back.
     pub fn adopt(fd: &OwnedFd, size: u64, offset: u64, num_queues: u16, queue_size: u16, packed: bool) -> Result<Self, VhostError> {
-        check(num_queues, queue_size, packed)?;
+        check(num_queues, queue_size)?;
         let least = region_bytes(num_queues, queue_size, packed);
         if size < least {
             return Err(VhostError::invalid(
@@ -93,15 +93,13 @@ fn region_bytes(num_queues: u16, queue_size: u16, packed: bool) -> u64 {
     queue * u64::from(num_queues)
 }
 
-fn check(num_queues: u16, queue_size: u16, packed: bool) -> Result<(), VhostError> {
+fn check(num_queues: u16, queue_size: u16) -> Result<(), VhostError> {
     if num_queues == 0 || u32::from(num_queues) > QUEUES_MAX {
         return Err(VhostError::invalid("inflight num_queues", num_queues, format!("1 to {QUEUES_MAX}")));
     }
-    if packed && !(1..=32768).contains(&queue_size) {
+    // Of any size, whatever the rings: a machine asks before its driver chooses a kind, and firmware's rings are split.
+    if !(1..=32768).contains(&queue_size) {
         return Err(VhostError::invalid("inflight queue_size", queue_size, "1 to 32768"));
-    }
-    if !packed && (!queue_size.is_power_of_two() || queue_size > 32768) {
-        return Err(VhostError::invalid("inflight queue_size", queue_size, "a power of two up to 32768"));
     }
     Ok(())
 }

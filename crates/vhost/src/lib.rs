@@ -14,7 +14,7 @@
 //!
 //! Errors. [`VhostError`] for commands that cannot be done; [`Broken`] for what a ring's driver did.
 //!
-//! Not implemented: in-order use (a fast answer would wait behind a slow one), dirty log, backend requests, memory regions one by one.
+//! Not implemented: in-order use (a fast answer would wait behind a slow one). Memory regions that come and go one by one, and backend requests, are Python's.
 //!
 //! Limits: [`QUEUES_MAX`] queues a controller, 32768 entries a queue, [`request::SEGMENTS_MAX`] data segments a request.
 
@@ -22,10 +22,13 @@
 
 mod config;
 mod inflight;
+mod log;
 mod packed;
+mod park;
 mod queue;
 pub mod request;
 pub mod ring;
+mod rows;
 mod session;
 mod split;
 mod stats;
@@ -34,7 +37,8 @@ mod target;
 pub use config::{features, serial};
 pub use inflight::Inflight;
 pub use packed::PackedRing;
-pub use session::{Answer, Command, MemoryRow, Source};
+pub use rows::{MemoryRow, Source};
+pub use session::{Answer, Command};
 pub use split::SplitRing;
 pub use stats::{QueueState, QueueStats};
 pub use target::{Controller, ControllerInfo, Failure, Options, QueueInfo, Reply, SessionInfo, Target};
@@ -51,6 +55,8 @@ pub struct Addresses {
     pub avail: u64,
     /// Used ring; of a packed ring the device's event suppression.
     pub used: u64,
+    /// Where in the dirty log the used area is marked from, if it is (VHOST_VRING_F_LOG).
+    pub log: Option<u64>,
 }
 
 /// A rule of the ring that its driver broke. Ends the queue.
@@ -175,6 +181,21 @@ pub enum Broken {
     /// Guest memory went away (its file shrank).
     #[error("guest memory vanished: its file was truncated")]
     MemoryVanished,
+    /// The dirty log has no room for a page that the device would write to.
+    #[error("the chain at {head}: {address:#x}+{length:#x} is outside the dirty log, which ends at {end:#x}")]
+    Unlogged {
+        /// First descriptor.
+        head: u16,
+        /// Guest address.
+        address: u64,
+        /// Bytes.
+        length: u64,
+        /// Where the log ends.
+        end: u64,
+    },
+    /// The dirty log went away (its file shrank).
+    #[error("the dirty log vanished: its file was truncated")]
+    LogVanished,
     /// The inflight region contradicts itself or the ring.
     #[error("inflight region: {0}")]
     Inflight(String),
@@ -220,6 +241,13 @@ pub enum VhostError {
     /// The operating system refused.
     #[error("{0}: {1}")]
     Os(&'static str, std::io::Error),
+}
+
+impl Broken {
+    /// Whether it ends the session, and not the ring alone.
+    pub fn ends_session(&self) -> bool {
+        matches!(self, Self::MemoryVanished | Self::LogVanished)
+    }
 }
 
 impl VhostError {

@@ -22,6 +22,7 @@ use qpair_wire::virtio_packed::{EVENT_ALIGN, EVENT_BYTES, EVENT_DESC, EVENT_DISA
 use qpair_wire::virtio_packed::{PackedBase, PackedSize, Position};
 
 use crate::inflight::{Inflight, PackedTracker};
+use crate::log::{Writes, Written};
 use crate::ring::{Buffer, Chain, Kind, Ring, Taken};
 use crate::session::Setup;
 use crate::split::{area, refuse_overlap};
@@ -329,5 +330,29 @@ impl Kind for PackedRing {
 
     fn left<'a>(&'a self, tracker: &'a PackedTracker, entry: u16) -> crate::inflight::PackedLeft<'a> {
         tracker.chain(entry)
+    }
+}
+
+/// The second half of a descriptor, which an answer overwrites.
+fn second_half(word: usize) -> Written {
+    Written { in_table: true, offset: 8 * word as u64, length: 8 }
+}
+
+impl Writes for PackedRing {
+    fn all(&self) -> [Option<Written>; 2] {
+        let table = Written { in_table: true, offset: 0, length: self.size.desc_bytes() };
+        [Some(table), Some(self.wish())]
+    }
+
+    fn entry(&self) -> Written {
+        second_half(2 * usize::from(self.next_used.index()) + 1)
+    }
+
+    fn shown(&self) -> Option<Written> {
+        self.first.map(|(at, _)| second_half(at))
+    }
+
+    fn wish(&self) -> Written {
+        Written { in_table: false, offset: 0, length: EVENT_BYTES }
     }
 }

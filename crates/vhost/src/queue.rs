@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use qpair_bdev::{ChannelId, IoId, Layer, QueueId};
+use qpair_bdev::{ChannelId, IoId, Layer, Op, QueueId};
 use qpair_memory::{GuestMemory, Place, SgList};
 use qpair_reactor::driver::WatchId;
 use qpair_reactor::event::Event;
@@ -21,6 +21,7 @@ use qpair_wire::nvme::Status;
 use qpair_wire::virtio_blk::BlkStatus;
 
 use crate::config::RANGES_MAX;
+use crate::log::Logged;
 use crate::request::{self, Request};
 use crate::ring::{Chain, Kind, Taken, Tracker};
 use crate::session::Setup;
@@ -71,7 +72,12 @@ pub(crate) trait Control {
 
 /// Puts a ring to work on this reactor.
 pub(crate) fn start(reactor: &mut Reactor, setup: Setup) -> Result<Rc<RefCell<dyn Control>>, VhostError> {
-    Ok(if setup.packed { Queue::<PackedRing>::start(reactor, setup)? } else { Queue::<SplitRing>::start(reactor, setup)? })
+    Ok(match (setup.packed, setup.log.is_some()) {
+        (false, false) => Queue::<SplitRing>::start(reactor, setup)?,
+        (true, false) => Queue::<PackedRing>::start(reactor, setup)?,
+        (false, true) => Queue::<Logged<SplitRing>>::start(reactor, setup)?,
+        (true, true) => Queue::<Logged<PackedRing>>::start(reactor, setup)?,
+    })
 }
 
 /// See the module's doc.
@@ -98,6 +104,8 @@ struct Queue<R: Kind> {
     batch: Vec<IoId>,
     done: Vec<IoId>,
     block_shift: u32,
+    /// Writes may take the short way: they are allowed, and not each to be durable.
+    plain_writes: bool,
     stopped: Option<Stopped>,
     abort_timer: Option<TimerId>,
 }
@@ -138,6 +146,7 @@ impl<R: Kind> Queue<R> {
             batch: Vec::with_capacity(usize::from(CHUNK) * RANGES_MAX),
             done: Vec::with_capacity(1024),
             block_shift: info.block_size.trailing_zeros(),
+            plain_writes: !setup.readonly && !setup.durable,
             stopped: None,
             abort_timer: None,
             setup,
@@ -199,6 +208,9 @@ impl<R: Kind> Queue<R> {
                 Ok(count) => work += count,
                 Err(broken) => self.fail(broken),
             }
+        }
+        if self.state != QueueState::Failed && self.ring.log_is_dead() {
+            self.fail(Broken::LogVanished);
         }
         if work > 0 {
             if self.state != QueueState::Failed && self.ring.wants_interrupt() {
@@ -287,16 +299,17 @@ impl<R: Kind> Queue<R> {
         }
     }
 
-    /// Writes the status byte and a used entry; nothing if the ring has failed.
+    /// Writes the status byte and a used entry; nothing if the ring has failed: then what the disk wrote is logged and no more.
     #[inline]
     fn answer(&mut self, name: u16, status: BlkStatus) {
         if self.state == QueueState::Failed {
-            return;
+            return self.ring.mark(name);
         }
         let slot = &self.slots[usize::from(name)];
         let (region, offset) = self.memory.at(slot.status);
         // The place was checked against this table when the request was taken.
         let _ = region.write(offset, &[status.0]);
+        self.ring.mark(name);
         let written = if status == BlkStatus::OK { slot.written } else { 1 };
         self.ring.push_used(Taken { id: name, count: slot.count }, written);
         self.answered += 1;
@@ -408,13 +421,16 @@ impl<R: Kind> Queue<R> {
     #[inline]
     fn accept_usual(&mut self, layer: &mut Layer, id: IoId) -> bool {
         let io = layer.io_mut(id);
-        let found = {
+        let (head, found) = {
             let mut chain = self.ring.chain();
-            request::parse_usual(&mut chain, &self.memory, self.setup.indirect, &mut io.list).map(|request| (request, chain.taken()))
+            let request = request::parse_usual(&mut chain, &self.memory, self.setup.indirect, &mut io.list);
+            (chain.head(), request.map(|request| (request, chain.taken())))
         };
         let Some((request, taken)) = found else { return false };
         let free = self.slots.get(usize::from(taken.id)).is_some_and(|slot| slot.pending == 0);
-        let op = usual(&request).filter(|op| free && self.fits_blocks(*op, &request));
+        let plain = |op: &Op| *op == Op::Read || self.plain_writes;
+        let op = usual(&request).filter(|op| free && plain(op) && self.fits_blocks(&request));
+        let op = op.filter(|_| self.ring.note(head, taken.id, &self.memory, &request, &io.list).is_ok());
         let Some(op) = op else {
             io.list.clear();
             return false;
@@ -437,6 +453,10 @@ impl<R: Kind> Queue<R> {
             (Some(entry), Some(tracker)) => self.look(self.ring.left(tracker, entry), list),
             _ => self.look(self.ring.chain(), list),
         };
+        let found = found.and_then(|(head, request, taken)| {
+            self.ring.note(head, taken.id, &self.memory, &request, list)?;
+            Ok((request, taken))
+        });
         let accepted = found.map(|(request, taken)| self.accept_found(layer, id, &request, taken, left));
         if !matches!(accepted, Ok(Accepted::Submitted)) {
             layer.give_back(id);
@@ -450,11 +470,11 @@ impl<R: Kind> Queue<R> {
     }
 
     /// What the chain asks for. A chain that is in flight, or could never be answered, is refused.
-    fn look(&self, mut chain: impl Chain, list: &mut SgList) -> Result<(Request, Taken), Broken> {
+    fn look(&self, mut chain: impl Chain, list: &mut SgList) -> Result<(u16, Request, Taken), Broken> {
         let request = request::parse(&mut chain, &self.memory, self.setup.indirect, list)?;
         let taken = chain.taken();
         match self.slots.get(usize::from(taken.id)) {
-            Some(slot) if slot.pending == 0 => Ok((request, taken)),
+            Some(slot) if slot.pending == 0 => Ok((chain.head(), request, taken)),
             _ => Err(chain.refused(taken, self.ring.size())),
         }
     }

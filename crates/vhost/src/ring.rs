@@ -4,10 +4,11 @@
 //! request pays for the choice. A ring hands out one [`Chain`] at a time, the next that its driver made available; whoever has looked at
 //! it and wants it says so ([`Ring::took`]), and names it by its [`Taken`] when it is answered.
 
-use qpair_memory::GuestMemory;
+use qpair_memory::{GuestMemory, SgList};
 use qpair_wire::virtio::DescFlags;
 
 use crate::inflight::Inflight;
+use crate::request::Request;
 use crate::session::Setup;
 use crate::{Broken, VhostError};
 
@@ -129,6 +130,22 @@ pub(crate) trait Kind: Ring + Sized + 'static {
 
     /// What the predecessor took, from the entry of the region.
     fn left<'a>(&'a self, tracker: &'a Self::Tracker, entry: u16) -> Self::Left<'a>;
+
+    /// What a request is about to let the device write, where that is logged ([`crate::log`]). Its name is not in flight.
+    #[inline]
+    fn note(&mut self, _head: u16, _name: u16, _memory: &GuestMemory, _request: &Request, _data: &SgList) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    /// It was written.
+    #[inline]
+    fn mark(&self, _name: u16) {}
+
+    /// Whether the log vanished.
+    #[inline]
+    fn log_is_dead(&self) -> bool {
+        false
+    }
 }
 
 /// Keeps account, in memory that outlives us, of what is in flight.

@@ -10,41 +10,23 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use qpair_bdev::Descriptor;
-use qpair_memory::{GuestMemory, GuestRegion, Mapping, Region, drop_apart};
+use qpair_memory::{GuestMemory, drop_apart};
 use qpair_reactor::event::Event;
 use qpair_reactor::{Fanout, Reactor};
 use qpair_wire::virtio::{Features, RingSize};
 use qpair_wire::virtio_packed::{PackedBase, PackedSize};
 
+use crate::log::{DirtyLog, LogSetup};
+use crate::park::park;
 use crate::queue::{self, Control};
+use crate::rows::{MappedRow, MemoryRow, regions};
 use crate::{Addresses, Broken, Controller, Inflight, QueueState, QueueStats, Reply, VhostError};
-
-/// Where a memory region comes from.
-pub enum Source {
-    /// A descriptor, to be mapped; it is closed after that.
-    Fd(OwnedFd),
-    /// Mapped already.
-    Mapping(Arc<Mapping>),
-}
-
-/// One row of SET_MEM_TABLE.
-pub struct MemoryRow {
-    /// Guest-physical address.
-    pub guest_address: u64,
-    /// Bytes.
-    pub length: u64,
-    /// Address in the front end.
-    pub user_address: u64,
-    /// Where it starts in the file.
-    pub offset: u64,
-    /// What to map.
-    pub source: Source,
-}
 
 /// What a front end can ask for.
 #[allow(missing_docs)]
@@ -95,6 +77,15 @@ pub enum Command {
         queue_size: u16,
     },
     ResetDevice,
+    /// Where writes to guest memory are marked while LOG_ALL is set; takes the place of the log before.
+    SetLogBase {
+        fd: OwnedFd,
+        size: u64,
+        offset: u64,
+    },
+    SetLogFd(Event),
+    /// SET_CONFIG of the write-cache mode: writes may be answered before they are durable.
+    SetWriteback(bool),
     /// Ends the session: everything stopped, all memory gone.
     Close,
 }
@@ -108,16 +99,6 @@ pub enum Answer {
     Base(u32),
     /// GET_INFLIGHT_FD: descriptor and size; the offset is 0.
     Inflight(OwnedFd, u64),
-}
-
-/// A mapped row, kept while the session has it.
-#[derive(Clone)]
-pub(crate) struct MappedRow {
-    guest_address: u64,
-    length: u64,
-    user_address: u64,
-    offset: u64,
-    mapping: Arc<Mapping>,
 }
 
 /// Hears of a ring that its driver broke, on the ring's reactor.
@@ -141,6 +122,9 @@ pub(crate) struct Setup {
     pub(crate) call: Option<Event>,
     pub(crate) err: Option<Event>,
     pub(crate) inflight: Option<Inflight>,
+    pub(crate) log: Option<LogSetup>,
+    /// Each write is durable before it is answered.
+    pub(crate) durable: bool,
     pub(crate) stats: Arc<QueueStats>,
     pub(crate) failed: OnBroken,
 }
@@ -150,17 +134,6 @@ impl Setup {
     pub(crate) fn memory(&self) -> Result<GuestMemory, VhostError> {
         Ok(GuestMemory::new(regions(&self.rows))?)
     }
-}
-
-fn regions(rows: &[MappedRow]) -> Vec<GuestRegion> {
-    let region = |row: &MappedRow| GuestRegion {
-        guest_address: row.guest_address,
-        user_address: row.user_address,
-        length: row.length,
-        offset: row.offset,
-        region: Region::new(row.mapping.clone()),
-    };
-    rows.iter().map(region).collect()
 }
 
 /// What is known of one ring.
@@ -186,10 +159,21 @@ pub(crate) struct Session {
     features: u64,
     rows: Option<Vec<MappedRow>>,
     inflight: Option<Inflight>,
+    log: Option<DirtyLog>,
+    log_told: Option<Event>,
+    writeback: Arc<AtomicBool>,
     rings: Vec<Ring>,
     waiting: VecDeque<(Command, Reply)>,
     busy: bool,
     failed: OnBroken,
+}
+
+/// What of a session is looked at from any thread.
+#[derive(Clone)]
+pub(crate) struct SharedState {
+    pub(crate) stats: Vec<Arc<QueueStats>>,
+    /// As the driver wants it; without a write cache it means nothing.
+    pub(crate) writeback: Arc<AtomicBool>,
 }
 
 type Shared = Rc<RefCell<Session>>;
@@ -204,7 +188,7 @@ struct Here {
 }
 
 /// Begins a session on this, its home reactor.
-pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, stats: Vec<Arc<QueueStats>>, failed: OnBroken) {
+pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, shared: SharedState, failed: OnBroken) {
     let ring = |stats| Ring {
         size: None,
         addresses: None,
@@ -218,8 +202,20 @@ pub(crate) fn open(reactor: &mut Reactor, id: u64, controller: Arc<Controller>, 
         running: false,
         stats,
     };
-    let rings = stats.into_iter().map(ring).collect();
-    let session = Session { id, controller, features: 0, rows: None, inflight: None, rings, waiting: VecDeque::new(), busy: false, failed };
+    let session = Session {
+        id,
+        controller,
+        features: 0,
+        rows: None,
+        inflight: None,
+        log: None,
+        log_told: None,
+        writeback: shared.writeback,
+        rings: shared.stats.into_iter().map(ring).collect(),
+        waiting: VecDeque::new(),
+        busy: false,
+        failed,
+    };
     reactor.local::<Here>().sessions.borrow_mut().insert(id, Rc::new(RefCell::new(session)));
 }
 
@@ -333,42 +329,22 @@ fn start(reactor: &mut Reactor, session: &Shared, then: impl FnOnce(&mut Reactor
     }
 }
 
-type Continuation = Box<dyn FnOnce(&mut Reactor)>;
-
-/// Continuations hold things of the home reactor, so they stay there; what crosses threads is only their number.
-#[derive(Default)]
-struct Parked {
-    next: u64,
-    waiting: HashMap<u64, Continuation>,
-}
-
-fn park(
-    reactor: &mut Reactor,
-    session: &Shared,
-    then: impl FnOnce(&mut Reactor, &Shared) + 'static,
-) -> impl FnOnce(&mut Reactor) + Send + 'static {
-    let parked = reactor.local::<RefCell<Parked>>();
-    let mut parked = parked.borrow_mut();
-    parked.next += 1;
-    let (number, session) = (parked.next, session.clone());
-    parked.waiting.insert(number, Box::new(move |reactor| then(reactor, &session)));
-    move |reactor: &mut Reactor| {
-        let then = reactor.local::<RefCell<Parked>>().borrow_mut().waiting.remove(&number);
-        if let Some(then) = then {
-            then(reactor);
-        }
-    }
-}
-
 impl Session {
     /// Which running rings must be quiet before the command takes effect.
     fn concerned_by(&self, command: &Command) -> Vec<u16> {
         let running = |index: &u16| self.rings.get(usize::from(*index)).is_some_and(|ring| ring.running);
         match command {
             Command::SetFeatures(features) if *features == self.features => Vec::new(),
-            Command::SetFeatures(_) | Command::SetMemTable(_) | Command::SetInflight { .. } | Command::ResetDevice | Command::Close => {
-                (0..self.rings.len() as u16).filter(running).collect()
-            }
+            Command::SetLogBase { .. } | Command::SetLogFd(_) if !self.logs() => Vec::new(),
+            Command::SetWriteback(wanted) if *wanted == self.writeback.load(Ordering::Relaxed) => Vec::new(),
+            Command::SetFeatures(_)
+            | Command::SetMemTable(_)
+            | Command::SetInflight { .. }
+            | Command::SetLogBase { .. }
+            | Command::SetLogFd(_)
+            | Command::SetWriteback(_)
+            | Command::ResetDevice
+            | Command::Close => (0..self.rings.len() as u16).filter(running).collect(),
             Command::SetVringNum { queue, .. }
             | Command::SetVringAddr { queue, .. }
             | Command::SetVringBase { queue, .. }
@@ -430,6 +406,19 @@ impl Session {
                 }
                 self.inflight = Some(adopted?);
             }
+            Command::SetLogBase { fd, size, offset } => {
+                self.log = None;
+                let adopted = DirtyLog::adopt(&fd, size, offset);
+                drop_apart(fd);
+                self.log = Some(adopted?);
+            }
+            Command::SetLogFd(event) => self.log_told = Some(event),
+            Command::SetWriteback(wanted) => {
+                if wanted && !self.controller.bdev_info().write_cache {
+                    return Err(VhostError::invalid("writeback", 1, "0: the bdev has no write cache"));
+                }
+                self.writeback.store(wanted, Ordering::Relaxed);
+            }
             Command::ResetDevice => self.reset(),
             Command::Close => {
                 self.reset();
@@ -442,6 +431,10 @@ impl Session {
 
     fn packed(&self) -> bool {
         self.features & Features::RING_PACKED.bits() != 0
+    }
+
+    fn logs(&self) -> bool {
+        self.features & Features::LOG_ALL.bits() != 0
     }
 
     fn legal_size(&self, size: u32) -> Result<u16, VhostError> {
@@ -464,33 +457,7 @@ impl Session {
     /// Replaces the table. The old one's last holds go first, so that a refused table leaves none: its rings stay stopped.
     fn set_memory(&mut self, rows: Vec<MemoryRow>) -> Result<(), VhostError> {
         self.rows = None;
-        let mut mapped = Vec::with_capacity(rows.len());
-        let mut rows = rows.into_iter();
-        while let Some(row) = rows.next() {
-            let end = row
-                .offset
-                .checked_add(row.length)
-                .ok_or_else(|| VhostError::invalid("mmap_offset", row.offset, "offset + size below 2^64"))?;
-            let mapping = match row.source {
-                Source::Fd(fd) => match Mapping::shared(fd.as_fd(), end) {
-                    Ok(mapping) => mapping,
-                    Err(error) => {
-                        drop_apart((fd, rows));
-                        return Err(error.into());
-                    }
-                },
-                Source::Mapping(mapping) => mapping,
-            };
-            mapped.push(MappedRow {
-                guest_address: row.guest_address,
-                length: row.length,
-                user_address: row.user_address,
-                offset: row.offset,
-                mapping,
-            });
-        }
-        GuestMemory::new(regions(&mapped))?;
-        self.rows = Some(mapped);
+        self.rows = Some(MappedRow::of_table(rows)?);
         Ok(())
     }
 
@@ -514,7 +481,8 @@ impl Session {
     /// Back to the state after connecting, but with the memory (vhost-user, RESET_DEVICE).
     fn reset(&mut self) {
         self.features = 0;
-        self.inflight = None;
+        (self.inflight, self.log, self.log_told) = (None, None, None);
+        self.writeback.store(true, Ordering::Relaxed);
         for ring in &mut self.rings {
             (ring.size, ring.addresses, ring.base) = (None, None, None);
             (ring.kick, ring.call, ring.err) = (None, None, None);
@@ -525,8 +493,9 @@ impl Session {
 
     /// What it takes to start the rings that should run and do not.
     fn setups(&mut self) -> Result<Vec<Setup>, VhostError> {
-        let packed = self.packed();
+        let (packed, logs) = (self.packed(), self.logs());
         let Some(rows) = &self.rows else { return Ok(Vec::new()) };
+        let durable = self.controller.bdev_info().write_cache && !self.writeback.load(Ordering::Relaxed);
         // Without protocol features there is no message to enable a ring: it is enabled from the start.
         let from_start = self.features & Features::PROTOCOL_FEATURES.bits() == 0;
         let mut setups = Vec::new();
@@ -553,6 +522,12 @@ impl Session {
                 err: twin(&ring.err)?,
                 // Firmware may make a ring larger than its machine said when it had the region made: it runs untracked.
                 inflight: self.inflight.clone().filter(|region| region.queue_size() >= size),
+                // Without a log, LOG_ALL has nothing to write to: a front end may say it first.
+                log: match &self.log {
+                    Some(log) if logs => Some(LogSetup { log: log.clone(), told: twin(&self.log_told)? }),
+                    _ => None,
+                },
+                durable,
                 stats: ring.stats.clone(),
                 failed: self.failed.clone(),
             });

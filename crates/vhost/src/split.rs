@@ -13,6 +13,7 @@ use qpair_wire::virtio::{
 };
 
 use crate::inflight::{Inflight, SplitTracker};
+use crate::log::{Writes, Written};
 use crate::ring::{Buffer, Chain, Kind, Ring, Taken};
 use crate::session::Setup;
 use crate::{Addresses, Broken, VhostError};
@@ -292,6 +293,26 @@ impl Kind for SplitRing {
 
     fn left<'a>(&'a self, _: &'a SplitTracker, head: u16) -> SplitChain<'a> {
         self.chain_at(head)
+    }
+}
+
+impl Writes for SplitRing {
+    fn all(&self) -> [Option<Written>; 2] {
+        [Some(Written { in_table: false, offset: 0, length: self.size.used_bytes(self.event_idx) }), None]
+    }
+
+    fn entry(&self) -> Written {
+        let offset = self.size.used_entry_offset(self.size.slot(self.next_used));
+        Written { in_table: false, offset, length: 8 }
+    }
+
+    fn shown(&self) -> Option<Written> {
+        Some(Written { in_table: false, offset: USED_IDX_OFFSET, length: 2 })
+    }
+
+    fn wish(&self) -> Written {
+        let offset = if self.event_idx { self.size.avail_event_offset() } else { USED_FLAGS_OFFSET };
+        Written { in_table: false, offset, length: 2 }
     }
 }
 

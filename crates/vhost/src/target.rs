@@ -1,13 +1,13 @@
 //! The controllers of a process and the sessions open on them: the control plane's door.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use qpair_bdev::{Descriptor, Info, Registry};
 use qpair_reactor::Handle;
 
-use crate::session::{self, Answer, Command};
+use crate::session::{self, Answer, Command, SharedState};
 use crate::{Broken, QUEUES_MAX, QueueState, QueueStats, VhostError, config};
 
 /// Where the answer to a command goes, from whatever thread.
@@ -43,7 +43,7 @@ impl Controller {
         self.readonly
     }
 
-    fn bdev_info(&self) -> Arc<Info> {
+    pub(crate) fn bdev_info(&self) -> Arc<Info> {
         self.descriptor.info().unwrap_or_else(|| self.info.clone())
     }
 
@@ -92,7 +92,7 @@ pub struct Failure {
 
 struct Open {
     controller: Arc<Controller>,
-    stats: Vec<Arc<QueueStats>>,
+    shared: SharedState,
 }
 
 #[derive(Default)]
@@ -206,7 +206,8 @@ impl Target {
     pub fn config(&self, session: u64) -> Result<Vec<u8>, VhostError> {
         let inner = self.lock();
         let open = inner.sessions.get(&session).ok_or_else(|| VhostError::NoSuch(format!("session {session}")))?;
-        Ok(config::config(&open.controller.bdev_info(), open.controller.num_queues))
+        let writeback = open.shared.writeback.load(Ordering::Relaxed);
+        Ok(config::config(&open.controller.bdev_info(), open.controller.num_queues, writeback))
     }
 
     /// After how long a stopping ring's I/O is asked to end early.
@@ -223,13 +224,14 @@ impl Target {
         }
         inner.next += 1;
         let id = inner.next;
-        let stats: Vec<_> = (0..controller.num_queues).map(|_| Arc::new(QueueStats::default())).collect();
-        inner.sessions.insert(id, Open { controller: controller.clone(), stats: stats.clone() });
+        let stats = (0..controller.num_queues).map(|_| Arc::new(QueueStats::default())).collect();
+        let shared = SharedState { stats, writeback: Arc::new(AtomicBool::new(true)) };
+        inner.sessions.insert(id, Open { controller: controller.clone(), shared: shared.clone() });
         drop(inner);
         let tell = self.on_failure.clone();
         let failed = Arc::new(move |queue, broken| tell(Failure { session: id, queue, broken }));
         let home = controller.reactors[0].clone();
-        home.call(move |reactor| session::open(reactor, id, controller, stats, failed));
+        home.call(move |reactor| session::open(reactor, id, controller, shared, failed));
         Ok(id)
     }
 
@@ -270,7 +272,7 @@ impl Inner {
     fn describe(&self, controller: &Arc<Controller>) -> ControllerInfo {
         let sessions = self.sessions.iter().filter(|(_, open)| open.controller.name == controller.name);
         let session = |(id, open): (&u64, &Open)| {
-            let queues = open.stats.iter().enumerate().map(|(index, stats)| queue_info(controller, index as u16, stats));
+            let queues = open.shared.stats.iter().enumerate().map(|(index, stats)| queue_info(controller, index as u16, stats));
             SessionInfo { id: *id, queues: queues.collect() }
         };
         ControllerInfo {

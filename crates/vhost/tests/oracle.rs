@@ -69,7 +69,7 @@ proptest! {
         region.write(0, &content).unwrap();
         let row = GuestRegion { guest_address: 0, user_address: 0, length: BYTES as u64, offset: 0, region };
         let memory = GuestMemory::new(vec![row]).unwrap();
-        let addresses = Addresses { desc: queue.desc_table_addr().0, avail: queue.avail_addr().0, used: USED };
+        let addresses = Addresses { desc: queue.desc_table_addr().0, avail: queue.avail_addr().0, used: USED, log: None };
         let ours = SplitRing::new(&memory, RingSize::new(ENTRIES.into()).unwrap(), addresses, 0, false).unwrap();
         prop_assert_eq!(ours.waiting(), Ok(1));
 

@@ -184,7 +184,7 @@ fn rings_are_refused_that_overlap_lie_askew_or_outside_memory() {
     let mapping = Mapping::anonymous(BYTES as usize, Pages::Normal).unwrap();
     let memory = table(&mapping);
     let text = |size: u32, desc: u64, driver: u64, device: u64, base: u32| {
-        let addresses = Addresses { desc: USER + desc, avail: USER + driver, used: USER + device };
+        let addresses = Addresses { desc: USER + desc, avail: USER + driver, used: USER + device, log: None };
         let ring = PackedRing::new(&memory, PackedSize::new(size).unwrap(), addresses, PackedBase::from_bits(base), true);
         ring.err().map(|error: VhostError| error.to_string())
     };

@@ -210,7 +210,7 @@ fn rings_are_refused_that_overlap_lie_askew_or_outside_memory() {
         SplitRing::new(
             &memory,
             RingSize::new(size).unwrap(),
-            Addresses { desc: USER + desc, avail: USER + avail, used: USER + used },
+            Addresses { desc: USER + desc, avail: USER + avail, used: USER + used, log: None },
             0,
             event_idx,
         )
@@ -228,7 +228,7 @@ fn rings_are_refused_that_overlap_lie_askew_or_outside_memory() {
         let (used, bytes) = (BYTES - 8, RingSize::new(size).unwrap().used_bytes(true));
         assert_eq!(text(ring(size, 0, layout.avail, used, true)), format!("address {:#x}+{bytes:#x} is in no memory region", USER + used));
     }
-    let wrapped = Addresses { desc: u64::MAX - 15, avail: USER, used: USER + 4096 };
+    let wrapped = Addresses { desc: u64::MAX - 15, avail: USER, used: USER + 4096, log: None };
     let refused = SplitRing::new(&memory, RingSize::new(16).unwrap(), wrapped, 0, false);
     assert!(matches!(refused, Err(MemoryError::Unmapped { length: 256, .. })));
 }

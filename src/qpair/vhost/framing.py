@@ -28,6 +28,7 @@ __all__ = [
     "REGIONS_MAX",
     "VERSION",
     "Assembler",
+    "BackendRequest",
     "Frame",
     "Header",
     "ProtocolError",
@@ -93,6 +94,18 @@ class Request(IntEnum):
     GET_SHARED_OBJECT = 41
     SET_DEVICE_STATE_FD = 42
     CHECK_DEVICE_STATE = 43
+
+
+class BackendRequest(IntEnum):
+    """What a back end asks, on the socket of SET_BACKEND_REQ_FD; a number space of its own."""
+
+    IOTLB_MSG = 1
+    CONFIG_CHANGE_MSG = 2
+    VRING_HOST_NOTIFIER_MSG = 3
+
+    def encode(self) -> bytes:
+        """The whole message, which wants no reply. Only those without a payload."""
+        return Header.layout.pack(self, VERSION, 0)
 
 
 class ProtocolFeatures(IntFlag):

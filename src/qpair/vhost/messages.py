@@ -7,7 +7,7 @@ states its layout, its number of descriptors and what no state of a connection m
 
 Errors: `ProtocolError`, with the message's name, the field, the value and the limit.
 
-Not implemented: the payloads of logging, crypto, network, GPU, shared-object and device-state messages, which are refused by name.
+Not implemented: the payloads of crypto, network, GPU, shared-object and device-state messages, which are refused by name.
 
 Limits: those of `qpair.vhost.framing`.
 """
@@ -29,11 +29,23 @@ from qpair.vhost.framing import (
     Request,
 )
 from qpair.vhost.payload import STATE, U64, U64_LIMIT, ConfigPayload, InflightPayload, Message, U64Payload, VringFilePayload, exactly
+from qpair.vhost.replies import (
+    Ack,
+    ConfigReply,
+    DeviceStatus,
+    Features,
+    InflightReply,
+    MaxMemSlots,
+    ProtocolFeaturesOffer,
+    QueueNum,
+    VringBase,
+)
 
 __all__ = [
     "Ack",
     "AddMemReg",
     "ConfigReply",
+    "DeviceStatus",
     "Features",
     "GetConfig",
     "GetFeatures",
@@ -41,6 +53,7 @@ __all__ = [
     "GetMaxMemSlots",
     "GetProtocolFeatures",
     "GetQueueNum",
+    "GetStatus",
     "GetVringBase",
     "InflightReply",
     "MaxMemSlots",
@@ -51,12 +64,16 @@ __all__ = [
     "RemMemReg",
     "ResetDevice",
     "ResetOwner",
+    "SetBackendReqFd",
     "SetConfig",
     "SetFeatures",
     "SetInflightFd",
+    "SetLogBase",
+    "SetLogFd",
     "SetMemTable",
     "SetOwner",
     "SetProtocolFeatures",
+    "SetStatus",
     "SetVringAddr",
     "SetVringBase",
     "SetVringCall",
@@ -69,6 +86,8 @@ __all__ = [
     "decode_request",
     "encode",
 ]
+
+STATUS_MAX = 0xFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,91 +390,58 @@ class ResetDevice(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Features(U64Payload):
-    """Answers `GetFeatures`."""
+class SetLogBase(Message):
+    """Where writes to guest memory are marked, a bit a page. One descriptor; answered by an `Ack`."""
 
-    request = Request.GET_FEATURES
-
-
-@dataclass(frozen=True, slots=True)
-class ProtocolFeaturesOffer(U64Payload):
-    """Answers `GetProtocolFeatures`."""
-
-    request = Request.GET_PROTOCOL_FEATURES
-
-
-@dataclass(frozen=True, slots=True)
-class QueueNum(U64Payload):
-    """Answers `GetQueueNum`."""
-
-    request = Request.GET_QUEUE_NUM
-
-
-@dataclass(frozen=True, slots=True)
-class MaxMemSlots(U64Payload):
-    """Answers `GetMaxMemSlots`."""
-
-    request = Request.GET_MAX_MEM_SLOTS
-
-
-@dataclass(frozen=True, slots=True)
-class VringBase(Message):
-    """Answers `GetVringBase`: where a later start goes on, as `SetVringBase` has it."""
-
-    request = Request.GET_VRING_BASE
-    layout = STATE
-    index: int
-    base: int
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigReply(ConfigPayload):
-    """Answers `GetConfig`. No payload at all means that the back end refused."""
-
-    request = Request.GET_CONFIG
-    offset: int
-    size: int
-    flags: int
-    data: bytes
-
-    @property
-    def refused(self) -> bool:
-        """The back end has no such range."""
-        return self.size == 0
-
-    def encode_payload(self) -> bytes:
-        return b"" if self.refused else ConfigPayload.encode_payload(self)
-
-    @classmethod
-    def decode_payload(cls, payload: bytes) -> Self:
-        if not payload:
-            return cls(0, 0, 0, b"")
-        offset, size, flags, data = cls.decode_range(payload)
-        if len(data) != size:
-            raise ProtocolError(cls.request.name, "payload size", len(payload), f"{cls.layout.size + size} bytes for a size of {size}")
-        return cls(offset, size, flags, data)
-
-
-@dataclass(frozen=True, slots=True)
-class InflightReply(InflightPayload):
-    """Answers `GetInflightFd`. One descriptor, unless ``mmap_size`` is 0: then the back end tracks nothing."""
-
-    request = Request.GET_INFLIGHT_FD
+    request = Request.SET_LOG_BASE
+    layout = struct.Struct("<QQ")
+    fds_min = 1
+    fds_max = 1
     mmap_size: int
     mmap_offset: int
-    num_queues: int
-    queue_size: int
 
-    def fd_count(self) -> tuple[int, int]:
-        return (1, 1) if self.mmap_size else (0, 0)
+    def check(self) -> None:
+        if self.mmap_size == 0:
+            raise ProtocolError(self.request.name, "mmap_size", 0, "more than 0 bytes")
+        if self.mmap_offset + self.mmap_size > U64_LIMIT:
+            limit = f"at most 2**64 - {self.mmap_size:#x}, its size"
+            raise ProtocolError(self.request.name, "mmap_offset", f"{self.mmap_offset:#x}", limit)
 
 
 @dataclass(frozen=True, slots=True)
-class Ack:
-    """Answers a request that has no reply of its own and asked for one (REPLY_ACK). 0 is success."""
+class SetLogFd(Message):
+    """The descriptor by which the back end tells that it has marked something. One descriptor."""
 
-    request: Request
-    result: int
+    request = Request.SET_LOG_FD
+    fds_min = 1
+    fds_max = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SetBackendReqFd(Message):
+    """The socket on which the back end may ask something of its own. One descriptor."""
+
+    request = Request.SET_BACKEND_REQ_FD
+    fds_min = 1
+    fds_max = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SetStatus(U64Payload):
+    """The device status of Virtio 1.2, 2.1, as the driver has it; 0 resets the device."""
+
+    request = Request.SET_STATUS
+
+    def check(self) -> None:
+        if self.value > STATUS_MAX:
+            raise ProtocolError(self.request.name, "status", f"{self.value:#x}", f"at most {STATUS_MAX:#x}")
+
+
+@dataclass(frozen=True, slots=True)
+class GetStatus(Message):
+    """Ask for the device status; answered by `DeviceStatus`."""
+
+    request = Request.GET_STATUS
 
 
 _REQUESTS: dict[Request, type[Message]] = {
@@ -485,10 +471,16 @@ _REQUESTS: dict[Request, type[Message]] = {
         AddMemReg,
         RemMemReg,
         GetMaxMemSlots,
+        SetLogBase,
+        SetLogFd,
+        SetBackendReqFd,
+        SetStatus,
+        GetStatus,
     )
 }
 _REPLIES: dict[Request, type[Message]] = {
-    kind.request: kind for kind in (Features, ProtocolFeaturesOffer, QueueNum, VringBase, ConfigReply, InflightReply, MaxMemSlots)
+    kind.request: kind
+    for kind in (Features, ProtocolFeaturesOffer, QueueNum, VringBase, ConfigReply, InflightReply, MaxMemSlots, DeviceStatus)
 }
 
 

@@ -10,11 +10,12 @@ that come and go one by one (libblkio, QEMU) make a new table each.
 What is agreed on:
 - features: any subset of the device's and of PROTOCOL_FEATURES;
 - protocol features: any subset of `OFFERED`; a message that belongs to one is refused until the front end has set it;
+- a log of dirty pages: the engine marks what the device writes while LOG_ALL is set and SET_LOG_BASE gave it a place;
 - REPLY_ACK: a request without a reply of its own is answered if it asks for it, with 0 or, if the engine refused, the errno.
 
 Errors: `ProtocolError` ends the session. What the engine refuses, and `Refused`, end it too, unless the front end asked for an answer and gets it.
 
-Not implemented: logging of dirty memory (migration), the back end's own requests, in-band notifications.
+Not implemented: in-band notifications; of the back end's own requests all but CONFIG_CHANGE_MSG (`qpair.vhost.backend_requests`).
 
 Limits: queues below the controller's number; 256 bytes of configuration; 64 regions of memory, each of which holds a descriptor open.
 """
@@ -30,6 +31,7 @@ from qpair.vhost.messages import (
     Ack,
     AddMemReg,
     ConfigReply,
+    DeviceStatus,
     Features,
     GetConfig,
     GetFeatures,
@@ -37,6 +39,7 @@ from qpair.vhost.messages import (
     GetMaxMemSlots,
     GetProtocolFeatures,
     GetQueueNum,
+    GetStatus,
     GetVringBase,
     InflightReply,
     MaxMemSlots,
@@ -47,12 +50,16 @@ from qpair.vhost.messages import (
     RemMemReg,
     ResetDevice,
     ResetOwner,
+    SetBackendReqFd,
     SetConfig,
     SetFeatures,
     SetInflightFd,
+    SetLogBase,
+    SetLogFd,
     SetMemTable,
     SetOwner,
     SetProtocolFeatures,
+    SetStatus,
     SetVringAddr,
     SetVringBase,
     SetVringCall,
@@ -72,20 +79,27 @@ __all__ = ["CONFIG_WRITEBACK_OFFSET", "FEATURE_PROTOCOL_FEATURES", "OFFERED", "A
 
 FEATURE_PROTOCOL_FEATURES = 1 << 30
 FEATURE_RING_PACKED = 1 << 34
+VRING_FLAG_LOG = 1 << 0
 CONFIG_WRITEBACK_OFFSET = 32
 OFFERED = (
     ProtocolFeatures.MQ
+    | ProtocolFeatures.LOG_SHMFD
     | ProtocolFeatures.REPLY_ACK
+    | ProtocolFeatures.BACKEND_REQ
     | ProtocolFeatures.CONFIG
     | ProtocolFeatures.INFLIGHT_SHMFD
     | ProtocolFeatures.RESET_DEVICE
     | ProtocolFeatures.CONFIGURE_MEM_SLOTS
+    | ProtocolFeatures.STATUS
 )
 MEM_SLOTS_MAX = 64
 
 # Messages that exist only under a protocol feature.
 _NEEDS: dict[Request, ProtocolFeatures] = {
     Request.GET_QUEUE_NUM: ProtocolFeatures.MQ,
+    Request.SET_LOG_BASE: ProtocolFeatures.LOG_SHMFD,
+    Request.SET_LOG_FD: ProtocolFeatures.LOG_SHMFD,
+    Request.SET_BACKEND_REQ_FD: ProtocolFeatures.BACKEND_REQ,
     Request.GET_CONFIG: ProtocolFeatures.CONFIG,
     Request.SET_CONFIG: ProtocolFeatures.CONFIG,
     Request.GET_INFLIGHT_FD: ProtocolFeatures.INFLIGHT_SHMFD,
@@ -94,6 +108,8 @@ _NEEDS: dict[Request, ProtocolFeatures] = {
     Request.GET_MAX_MEM_SLOTS: ProtocolFeatures.CONFIGURE_MEM_SLOTS,
     Request.ADD_MEM_REG: ProtocolFeatures.CONFIGURE_MEM_SLOTS,
     Request.REM_MEM_REG: ProtocolFeatures.CONFIGURE_MEM_SLOTS,
+    Request.SET_STATUS: ProtocolFeatures.STATUS,
+    Request.GET_STATUS: ProtocolFeatures.STATUS,
 }
 
 _VRING_CALLS: dict[type[Message], str] = {
@@ -125,6 +141,8 @@ class Command:
     args: tuple[Any, ...] = ()
     memory: tuple[Slot, ...] | None = None
     """All guest memory once this is done; None if it stays as it is."""
+    refused: Refused | None = None
+    """Why it is not done at all."""
 
     @property
     def name(self) -> str:
@@ -149,6 +167,7 @@ class BackendProtocol:
         self.features = 0
         self.protocol_features = ProtocolFeatures(0)
         self.memory: tuple[Slot, ...] = ()
+        self.status = 0
 
     def resume(self, record: SessionRecord) -> None:
         """Go on where another process left off. The descriptors of guest memory are this state's from now on."""
@@ -175,7 +194,10 @@ class BackendProtocol:
             memory = self._plan_memory(message, frame.fds)
             table = [(r.guest_address, r.size_bytes, r.user_address, r.mmap_offset, fd) for r, fd in memory]
             return Command(message, acknowledged, "vhost_set_mem_table", (table,), memory)
-        call, args = self._plan(message, frame.fds)
+        try:
+            call, args = self._plan(message, frame.fds)
+        except Refused as refused:
+            return Command(message, acknowledged, refused=refused)
         return Command(message, acknowledged, call, args)
 
     def replace_memory(self, command: Command) -> list[int]:
@@ -201,12 +223,19 @@ class BackendProtocol:
                 return _reply(QueueNum(self.num_queues))
             case GetMaxMemSlots():
                 return _reply(MaxMemSlots(MEM_SLOTS_MAX))
+            case SetStatus(value=status):
+                self.status = status
+            case ResetDevice():
+                self.status = 0
+            case GetStatus():
+                return _reply(DeviceStatus(self.status))
+            case SetLogBase():
+                # It waits for this, whether or not it asked for it.
+                return Answer(encode(Ack(Request.SET_LOG_BASE, 0)))
             case GetVringBase(index=index):
                 return _reply(VringBase(index, value))
             case GetConfig() as asked:
                 return _reply(_config_reply(asked, value))
-            case SetConfig() as written:
-                _check_written(written, value)
             case GetInflightFd() as asked:
                 fd, size, offset = value
                 return Answer(encode(InflightReply(size, offset, asked.num_queues, asked.queue_size), reply=True), (fd,))
@@ -218,15 +247,24 @@ class BackendProtocol:
         """The message that tells of a refusal by the engine; None if the protocol has no way to tell, so the session must end."""
         if isinstance(command.message, GetConfig):
             return _reply(ConfigReply(0, 0, 0, b""))
-        if isinstance(command.message, GetVringBase | GetInflightFd) or not command.needs_reply:
+        # QEMU does not look at what SET_LOG_BASE is answered with: it would migrate without the log.
+        if isinstance(command.message, GetVringBase | GetInflightFd | SetLogBase) or not command.needs_reply:
             return None
         return Answer(encode(Ack(command.message.request, code or errno.EIO)))
 
     def _plan(self, message: Message, fds: tuple[int, ...]) -> tuple[str | None, tuple[Any, ...]]:
         """The engine's method and its arguments after the session."""
         match message:
-            case GetFeatures() | SetOwner() | ResetOwner() | GetProtocolFeatures() | GetQueueNum() | GetMaxMemSlots():
+            case GetFeatures() | SetOwner() | ResetOwner() | GetProtocolFeatures() | GetQueueNum() | GetMaxMemSlots() | GetStatus():
                 return None, ()  # RESET_OWNER is obsolete, and ignoring it is what the documentation recommends
+            case SetBackendReqFd():
+                return None, ()
+            case SetStatus(value=status):
+                return (None, ()) if status else ("vhost_reset_device", ())
+            case SetLogBase() as log:
+                return "vhost_set_log_base", (fds[0], log.mmap_size, log.mmap_offset)
+            case SetLogFd():
+                return "vhost_set_log_fd", (fds[0],)
             case SetFeatures(features=features):
                 _subset(message, features, self.offered_features)
                 return "vhost_set_features", (features,)
@@ -237,8 +275,7 @@ class BackendProtocol:
                 return "vhost_set_vring_num", (self._queue(message, index), size)
             case SetVringAddr() as addr:
                 queue = self._queue(message, addr.index)
-                if addr.flags:
-                    raise ProtocolError(addr.request.name, "flags", f"{addr.flags:#x}", "0: logging was not agreed on")
+                self._check_ring_flags(addr)
                 return "vhost_set_vring_addr", (queue, addr.flags, addr.desc, addr.used, addr.avail, addr.log)
             case SetVringBase(index=index, base=base):
                 if base > 0xFFFF and not self._packed:
@@ -252,8 +289,10 @@ class BackendProtocol:
                 if not self.features & FEATURE_PROTOCOL_FEATURES:
                     raise ProtocolError(message.request.name, "feature", "PROTOCOL_FEATURES not agreed on", "set by SET_FEATURES first")
                 return "vhost_set_vring_enable", (self._queue(message, index), bool(enable))
-            case GetConfig() | SetConfig():
+            case GetConfig():
                 return "vhost_get_config", ()
+            case SetConfig() as written:
+                return "vhost_set_writeback", (_writeback(written),)
             case GetInflightFd() | SetInflightFd():
                 return self._plan_inflight(message, fds)
             case ResetDevice():
@@ -281,12 +320,18 @@ class BackendProtocol:
         name = message.request.name
         if not 1 <= message.num_queues <= self.num_queues:
             raise ProtocolError(name, "num_queues", message.num_queues, f"1 to {self.num_queues}, this controller's")
-        whole = self._packed or not message.queue_size & (message.queue_size - 1)
-        if not 1 <= message.queue_size <= 32768 or not whole:
-            raise ProtocolError(name, "queue_size", message.queue_size, "1 to 32768" if self._packed else "a power of two from 1 to 32768")
+        # Of any size, whatever the rings: a machine asks before its driver chooses, and firmware's rings are split.
+        if not 1 <= message.queue_size <= 32768:
+            raise ProtocolError(name, "queue_size", message.queue_size, "1 to 32768")
         if isinstance(message, GetInflightFd):
             return "vhost_get_inflight_fd", (message.num_queues, message.queue_size)
         return "vhost_set_inflight_fd", (fds[0], message.mmap_size, message.mmap_offset, message.num_queues, message.queue_size)
+
+    def _check_ring_flags(self, addr: SetVringAddr) -> None:
+        known = VRING_FLAG_LOG if ProtocolFeatures.LOG_SHMFD in self.protocol_features else 0
+        if addr.flags & ~known:
+            limit = f"0 or {VRING_FLAG_LOG:#x}" if known else "0: logging was not agreed on"
+            raise ProtocolError(addr.request.name, "flags", f"{addr.flags:#x}", limit)
 
     def _queue(self, message: Message, index: int) -> int:
         if index >= self.num_queues:
@@ -309,16 +354,16 @@ def _config_reply(asked: GetConfig, config: bytes) -> ConfigReply:
     return ConfigReply(asked.offset, asked.size, asked.flags, whole[asked.offset : asked.offset + asked.size])
 
 
-def _check_written(written: SetConfig, config: bytes) -> None:
-    """Only the write-cache mode may be written (Virtio 1.2, 5.2.5.2), and this device keeps the one it has."""
+def _writeback(written: SetConfig) -> bool:
+    """The write-cache mode, which alone may be written (Virtio 1.2, 5.2.5.2)."""
     if (written.offset, written.size) != (CONFIG_WRITEBACK_OFFSET, 1):
         raise Refused(
             errno.EPERM,
             f"SET_CONFIG: bytes {written.offset} to {written.offset + written.size} are read-only; only byte {CONFIG_WRITEBACK_OFFSET} is not",
         )
-    present = config[CONFIG_WRITEBACK_OFFSET]
-    if written.data[0] != present:
-        raise Refused(errno.EOPNOTSUPP, f"SET_CONFIG: writeback is {written.data[0]}, the device's mode is fixed at {present}")
+    if written.data[0] > 1:
+        raise Refused(errno.EINVAL, f"SET_CONFIG: writeback is {written.data[0]}, must be 0 or 1")
+    return bool(written.data[0])
 
 
 def _subset(message: Message, features: int, offered: int) -> None:

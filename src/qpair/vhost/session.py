@@ -26,13 +26,15 @@ from typing import TYPE_CHECKING, Any
 from qpair.app.logs import LineLimit
 from qpair.app.parcel import Descriptor
 from qpair.errors import Busy, QpairError, from_engine
+from qpair.vhost.backend_requests import BackendChannel
 from qpair.vhost.framing import ProtocolError
+from qpair.vhost.messages import SetBackendReqFd
 from qpair.vhost.protocol import BackendProtocol, Command, Refused
 from qpair.vhost.record import MemoryRecord, Released, SessionRecord
 from qpair.vhost.transport import Channel, Received, close_all
 
 if TYPE_CHECKING:
-    from qpair._engine import SessionEvent
+    from qpair._engine import BdevEvent, SessionEvent
     from qpair.app.bridge import Bridge
 
 __all__ = ["Session"]
@@ -78,6 +80,8 @@ class Session:
         self._protocol: BackendProtocol
         self._receiving: asyncio.Task[Received | None] | None = None
         self._releasing: asyncio.Future[Released] | None = None
+        self._bdev: str | None = None
+        self._backend: BackendChannel | None = None
         self._failed: str | None = None
         self._stopped: str | None = None
 
@@ -110,7 +114,7 @@ class Session:
 
     async def run(self) -> None:
         """Serve until the end, then drain and close; or until released."""
-        unsubscribe = self._bridge.subscribe_session(self._on_event)
+        unsubscribe = (self._bridge.subscribe_session(self._on_event), self._bridge.subscribe_bdev(self._on_bdev))
         try:
             self._serving = asyncio.create_task(self._serve(), name=f"vhost {self.controller}")
             if self._stopped is not None:
@@ -119,7 +123,10 @@ class Session:
             self._log_end(self._serving)
             await self._close_engine_session()
         finally:
-            unsubscribe()
+            for stop in unsubscribe:
+                stop()
+            if self._backend is not None:
+                self._backend.close()
             if self._serving is not None:
                 self._serving.cancel()  # only if this task itself was cancelled is there anything to cancel
             self.channel.close()
@@ -153,6 +160,7 @@ class Session:
             info = engine.vhost_blk_info(self.controller)[0]
         except OSError as error:
             raise from_engine(error) from error
+        self._bdev = info["bdev"]
         self.id = await self._bridge.call(opening, unclaimed=self._abandon)
         self._protocol = BackendProtocol(device_features=info["device_features"], num_queues=info["num_queues"])
         inherited = self._start.is_set()
@@ -194,6 +202,8 @@ class Session:
             value = await self._execute(command)
             if command.memory is not None:
                 self._keep_memory(protocol, command, received)
+            elif isinstance(command.message, SetBackendReqFd):
+                self._keep_backend_channel(received)
             self._record.note(command.message, value, received.take)
             answer = protocol.answer(command, value)
         except (QpairError, Refused) as error:
@@ -218,7 +228,17 @@ class Session:
         self._memory_fds = sorted(wanted)
         close_all(dropped)
 
+    def _keep_backend_channel(self, received: Received) -> None:
+        """Later ones replace earlier ones."""
+        channel = BackendChannel.of(received.frame.fds[0], self._on_backend_channel)
+        received.take()
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = channel
+
     async def _execute(self, command: Command) -> Any:
+        if command.refused is not None:
+            raise command.refused
         return None if command.call is None else await self._call(command.call, command.args)
 
     async def _call(self, name: str, args: tuple[Any, ...], **options: Any) -> Any:
@@ -254,6 +274,13 @@ class Session:
             self._failed = event.reason
             if self._serving is not None:
                 self._serving.cancel()
+
+    def _on_bdev(self, event: BdevEvent) -> None:
+        if self._backend is not None and event.kind == "resized" and event.name == self._bdev:
+            self._backend.config_changed()
+
+    def _on_backend_channel(self, what: str) -> None:
+        self._lines.log(logger, logging.WARNING, "vhost %s: the front end cannot be told of a change: %s", self.controller, what)
 
     def _log_end(self, serving: asyncio.Task[None]) -> None:
         error = None if serving.cancelled() else serving.exception()

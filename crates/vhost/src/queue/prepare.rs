@@ -1,6 +1,6 @@
 //! From one request to its I/Os: what a read, write, flush, discard, write-zeroes or get-id needs (Virtio 1.2, 5.2.6).
 
-use qpair_bdev::{Io, IoId, Layer, Op};
+use qpair_bdev::{Io, IoFlags, IoId, Layer, Op};
 use qpair_wire::virtio_blk::{BlkStatus, ID_BYTES, RequestType, SECTOR_BYTES, Segment};
 use zerocopy::FromBytes;
 
@@ -10,13 +10,13 @@ use crate::request::Request;
 use crate::ring::Kind;
 
 impl<R: Kind> Queue<R> {
-    /// Whether a read or write is in whole blocks, and allowed.
+    /// Whether a read or write is in whole blocks.
     #[inline]
-    pub(super) fn fits_blocks(&self, op: Op, request: &Request) -> bool {
+    pub(super) fn fits_blocks(&self, request: &Request) -> bool {
         let bytes = request.readable + request.writable;
         let within_block = (1u64 << self.block_shift) - 1;
         let within_sectors = within_block >> SECTOR_BYTES.trailing_zeros();
-        bytes & within_block == 0 && request.header.sector.get() & within_sectors == 0 && (op == Op::Read || !self.setup.readonly)
+        bytes & within_block == 0 && request.header.sector.get() & within_sectors == 0
     }
 
     /// Fills in the I/O (and more of them, for several ranges) and puts it on the batch.
@@ -49,10 +49,13 @@ impl<R: Kind> Queue<R> {
     #[inline]
     fn transfer(&mut self, layer: &mut Layer, id: IoId, name: u16, op: Op, request: &Request) -> Result<(), Refused> {
         let bytes = request.readable + request.writable;
-        if bytes == 0 || !self.fits_blocks(op, request) {
+        let allowed = op == Op::Read || !self.setup.readonly;
+        if bytes == 0 || !allowed || !self.fits_blocks(request) {
             return Err(Refused::Answer(BlkStatus::IOERR));
         }
-        self.slots[usize::from(name)].written = fill(layer.io_mut(id), op, request, self.block_shift);
+        let io = layer.io_mut(id);
+        self.slots[usize::from(name)].written = fill(io, op, request, self.block_shift);
+        io.flags.set(IoFlags::FUA, op == Op::Write && self.setup.durable);
         self.enlist(layer, id, name);
         Ok(())
     }
@@ -88,7 +91,8 @@ impl<R: Kind> Queue<R> {
             let id = if position == 0 { first } else { layer.take().ok_or(Refused::NoRoom)? };
             let io = layer.io_mut(id);
             (io.op, io.lba, io.blocks) = (op, *lba, *blocks);
-            io.flags.set(qpair_bdev::IoFlags::NO_UNMAP, op == Op::WriteZeroes && !unmap);
+            io.flags.set(IoFlags::NO_UNMAP, op == Op::WriteZeroes && !unmap);
+            io.flags.set(IoFlags::FUA, op == Op::WriteZeroes && self.setup.durable);
             self.enlist(layer, id, name);
         }
         Ok(())

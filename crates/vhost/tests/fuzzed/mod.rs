@@ -169,7 +169,7 @@ impl Run {
         }
         self.show_memory();
         self.say(Command::SetVringNum { queue: 0, size: u32::from(self.size) });
-        let addresses = Addresses { desc: USER + self.areas.desc, avail: USER + self.areas.avail, used: USER + self.areas.used };
+        let addresses = Addresses { desc: USER + self.areas.desc, avail: USER + self.areas.avail, used: USER + self.areas.used, log: None };
         self.say(Command::SetVringAddr { queue: 0, addresses });
         // Of a packed ring mostly the start, sometimes anything.
         let base = if self.packed && self.base & 3 != 0 { 0x8000_8000 } else { u32::from(self.base) };
@@ -220,7 +220,7 @@ impl Run {
             6 => self.say(Command::SetVringEnable { queue: 0, enabled: more & 1 == 0 }),
             _ => self.say(Command::SetVringAddr {
                 queue: 0,
-                addresses: Addresses { desc: USER + u64::from(value), avail: USER + u64::from(more) * 64, used: USER + 8192 },
+                addresses: Addresses { desc: USER + u64::from(value), avail: USER + u64::from(more) * 64, used: USER + 8192, log: None },
             }),
         }
         self.world.run(100);

@@ -92,7 +92,7 @@ impl PackedSide {
 
     pub fn addresses(&self) -> Addresses {
         let events_at = USER + self.at + 16 * u64::from(self.size);
-        Addresses { desc: USER + self.at, avail: events_at, used: events_at + 4 }
+        Addresses { desc: USER + self.at, avail: events_at, used: events_at + 4, log: None }
     }
 
     pub fn flags(&self, index: u16) -> u16 {

@@ -67,7 +67,7 @@ impl SplitSide {
     }
 
     pub fn addresses(&self) -> Addresses {
-        Addresses { desc: USER + self.layout.desc, avail: USER + self.layout.avail, used: USER + self.layout.used }
+        Addresses { desc: USER + self.layout.desc, avail: USER + self.layout.avail, used: USER + self.layout.used, log: None }
     }
 
     pub fn store_descriptor(&self, index: u16, desc: Desc) {

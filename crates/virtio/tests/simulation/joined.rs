@@ -93,7 +93,7 @@ impl Pair {
 
     fn start(&mut self, index: usize, base: u32) {
         let (queue, at) = (index as u16, self.layout.queue_addresses(index).unwrap());
-        let addresses = Addresses { desc: at.desc, avail: at.avail, used: at.used };
+        let addresses = Addresses { desc: at.desc, avail: at.avail, used: at.used, log: None };
         let (kick, call) = (self.queues[index].0.twin().unwrap(), self.queues[index].1.twin().unwrap());
         for command in [
             Command::SetVringNum { queue, size: u32::from(self.layout.queue_size()) },

@@ -37,7 +37,7 @@ impl Bench {
 
     fn ring(memory: &Region) -> PackedRing {
         let row = GuestRegion { guest_address: 0, user_address: 0, length: 4096, offset: 0, region: memory.clone() };
-        let addresses = Addresses { desc: 0, avail: 1024, used: 1028 };
+        let addresses = Addresses { desc: 0, avail: 1024, used: 1028, log: None };
         let table = GuestMemory::new(vec![row]).unwrap();
         PackedRing::new(&table, PackedSize::new(SIZE.into()).unwrap(), addresses, PackedBase::START, false).unwrap()
     }
