@@ -188,6 +188,15 @@ class VhostEngine(Engine):
     def vhost_get_config(self, session: int) -> bytes:
         return self.config
 
+    def vhost_set_log_base(self, session: int, fd: int, mmap_size: int, mmap_offset: int) -> int:
+        return self.finish("vhost_set_log_base", session=session, args=(mmap_size, mmap_offset), fds=(fd,))
+
+    def vhost_set_log_fd(self, session: int, fd: int) -> int:
+        return self.finish("vhost_set_log_fd", session=session, fds=(fd,))
+
+    def vhost_set_writeback(self, session: int, writeback: bool) -> int:
+        return self.finish("vhost_set_writeback", session=session, args=(writeback,))
+
     def vhost_reset_device(self, session: int) -> int:
         return self.finish("vhost_reset_device", session=session)
 

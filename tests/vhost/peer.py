@@ -14,11 +14,14 @@ from qpair.vhost.framing import Assembler, Frame, ProtocolFeatures
 
 ALL_PROTOCOL_FEATURES = (
     ProtocolFeatures.MQ
+    | ProtocolFeatures.LOG_SHMFD
+    | ProtocolFeatures.BACKEND_REQ
     | ProtocolFeatures.REPLY_ACK
     | ProtocolFeatures.CONFIG
     | ProtocolFeatures.INFLIGHT_SHMFD
     | ProtocolFeatures.RESET_DEVICE
     | ProtocolFeatures.CONFIGURE_MEM_SLOTS
+    | ProtocolFeatures.STATUS
 )
 PROTOCOL_FEATURES_BIT = 1 << 30
 

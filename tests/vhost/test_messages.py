@@ -40,12 +40,18 @@ REQUESTS: list[tuple[str, m.Message, bool, int]] = [
     ("add_mem_reg", m.AddMemReg(m.MemoryRegion(0x7F0A00000000, 0x1234, 0x7F0A00000000, 0x1000)), True, 1),
     ("rem_mem_reg", m.RemMemReg(m.MemoryRegion(0x7F0A00000000, 0x1234, 0x7F0A00000000, 0)), True, 0),
     ("set_inflight_fd", m.SetInflightFd(0x1400, 0, 2, 256), True, 1),
+    ("set_log_base", m.SetLogBase(0x8000, 0), False, 1),
+    ("set_log_fd", m.SetLogFd(), False, 1),
+    ("set_backend_req_fd", m.SetBackendReqFd(), True, 1),
+    ("set_status", m.SetStatus(0xF), False, 0),
+    ("get_status", m.GetStatus(), False, 0),
 ]
 REPLIES: list[tuple[str, m.Message | m.Ack]] = [
     ("features_reply", m.Features(0x170007246)),
     ("vring_base_reply", m.VringBase(1, 0xFFFE)),
     ("config_reply", m.ConfigReply(0, 60, 0, CONFIG)),
     ("max_mem_slots_reply", m.MaxMemSlots(64)),
+    ("status_reply", m.DeviceStatus(0xF)),
     ("ack", m.Ack(Request.SET_MEM_TABLE, 22)),
 ]
 
@@ -106,7 +112,7 @@ def test_an_unknown_request_is_refused(number: int) -> None:
     assert str(error) == f"header: request is {number}, must be a known request, 1 to 43"
 
 
-@pytest.mark.parametrize("request_", [Request.SET_LOG_BASE, Request.SEND_RARP, Request.SET_STATUS, Request.GPU_SET_SOCKET])
+@pytest.mark.parametrize("request_", [Request.SET_DEVICE_STATE_FD, Request.SEND_RARP, Request.IOTLB_MSG, Request.GPU_SET_SOCKET])
 def test_a_request_that_is_no_block_devices_is_refused_by_name(request_: Request) -> None:
     error = refusal(message(request_, bytes(8)))
     assert str(error) == f"header: request is {request_.name} ({request_:d}), must be one that a block device supports"
@@ -216,6 +222,32 @@ def test_the_documented_twenty_bytes_of_inflight_are_taken_too() -> None:
     assert str(refusal(message(Request.GET_INFLIGHT_FD, payload[:19]))) == "GET_INFLIGHT_FD: payload size is 19, must be 20 or 24 bytes"
 
 
+@pytest.mark.parametrize(
+    ("size", "offset", "expected"),
+    [
+        (0, 0, "SET_LOG_BASE: mmap_size is 0, must be more than 0 bytes"),
+        (2, 2**64 - 1, "SET_LOG_BASE: mmap_offset is 0xffffffffffffffff, must be at most 2**64 - 0x2, its size"),
+    ],
+)
+def test_a_log_that_is_empty_or_wraps_is_refused(size: int, offset: int, expected: str) -> None:
+    assert str(refusal(message(Request.SET_LOG_BASE, struct.pack("<QQ", size, offset)), 1)) == expected
+
+
+@pytest.mark.parametrize("kind", [m.SetLogBase, m.SetLogFd, m.SetBackendReqFd])
+@pytest.mark.parametrize("fds", [0, 2])
+def test_what_brings_a_descriptor_brings_one(kind: type[m.Message], fds: int) -> None:
+    data = m.encode(m.SetLogBase(4096, 0) if kind is m.SetLogBase else kind())
+    assert str(refusal(data, fds)) == f"{kind.request.name}: number of descriptors is {fds}, must be 1"
+
+
+def test_a_log_base_of_the_kind_without_shared_memory_is_refused() -> None:
+    assert str(refusal(message(Request.SET_LOG_BASE, bytes(8)), 1)) == "SET_LOG_BASE: payload size is 8, must be 16 bytes"
+
+
+def test_a_status_beyond_eight_bits_is_refused() -> None:
+    assert str(refusal(message(Request.SET_STATUS, struct.pack("<Q", 0x100)))) == "SET_STATUS: status is 0x100, must be at most 0xff"
+
+
 def test_a_refused_configuration_is_a_reply_without_payload() -> None:
     refused = m.ConfigReply(0, 0, 0, b"")
     data = m.encode(refused, reply=True)
@@ -319,6 +351,9 @@ requests = st.one_of(
         lambda size: st.builds(m.SetConfig, st.integers(0, 256 - size), st.just(size), u32, st.binary(min_size=size, max_size=size))
     ),
     st.builds(m.SetInflightFd, st.integers(0, 2**63), st.integers(0, 2**62), u16, u16),
+    st.builds(m.SetLogBase, st.integers(1, 2**63), st.integers(0, 2**62)),
+    st.builds(m.SetStatus, st.integers(0, 255)),
+    st.sampled_from([m.SetLogFd(), m.SetBackendReqFd(), m.GetStatus()]),
 )
 
 

@@ -441,6 +441,13 @@ class Engine:
     def vhost_get_config(self, session: int) -> bytes:
         """The whole virtio_blk_config of this controller now (Virtio 1.2, 5.2.4); callers cut or zero-pad it."""
 
+    def vhost_set_log_base(self, session: int, fd: int, mmap_size: int, mmap_offset: int) -> int:
+        """Token. Writes to guest memory are marked there while LOG_ALL is set. EINVAL for what is too small, or no memory."""
+
+    def vhost_set_log_fd(self, session: int, fd: int) -> int: ...
+    def vhost_set_writeback(self, session: int, writeback: bool) -> int:
+        """Token. False: each write is durable before it is answered. EINVAL for True without a write cache."""
+
     def vhost_reset_device(self, session: int) -> int: ...
 
     # ---- load generator (crates/perf) ------------------------------------------------------------------
