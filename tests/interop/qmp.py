@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,15 +52,25 @@ class Qmp:
             if "return" in answer:
                 return answer["return"]
 
-    def migrate(self, uri: str, timeout_s: float = 120) -> dict[str, Any]:
-        """Moves the guest there, and waits until it is; what QEMU counted."""
-        self.command("migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=2000)
+    @contextmanager
+    def migrating(self, uri: str, timeout_s: float = 120) -> Iterator[None]:
+        """Has the guest moved there. What is done inside happens after all of its memory was copied once, and before the guest stops here."""
+        end = time.monotonic() + timeout_s
+        self.command("migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=1)
         self.command("migrate", uri=uri)
-        deadline = time.monotonic() + timeout_s
-        while True:
-            told = dict(self.command("query-migrate"))
-            assert told.get("status") not in ("failed", "cancelled"), told
-            if told.get("status") == "completed":
-                return told
-            assert time.monotonic() < deadline, told
-            time.sleep(0.2)
+        while self._migration(end).get("ram", {}).get("dirty-sync-count", 0) < 2:
+            time.sleep(0.01)
+        # So slow that what the guest dirties meanwhile keeps it here.
+        self.command("migrate-set-parameters", max_bandwidth=100_000)
+        assert self._migration(end)["status"] == "active"
+        yield
+        assert self._migration(end)["status"] == "active", "the guest was gone already"
+        self.command("migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=5000)
+        while self._migration(end)["status"] != "completed":
+            time.sleep(0.05)
+
+    def _migration(self, end: float) -> dict[str, Any]:
+        told = dict(self.command("query-migrate"))
+        assert told.get("status") not in ("failed", "cancelled"), told
+        assert time.monotonic() < end, told
+        return told
