@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 
+use zerocopy::FromZeros;
+
 use crate::{MemoryError, Region, SgList, Sge};
 
 /// One row of a memory table.
@@ -20,7 +22,7 @@ pub struct GuestRegion {
 }
 
 /// Where something lies in one [`GuestMemory`].
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, FromZeros)]
 pub struct Place {
     row: u32,
     /// From the start of its region.

@@ -19,6 +19,7 @@ use qpair_reactor::log::{self, Level};
 use qpair_reactor::{Poller, PollerId, Reactor, TimerId};
 use qpair_wire::nvme::Status;
 use qpair_wire::virtio_blk::BlkStatus;
+use zerocopy::FromZeros;
 
 use crate::config::RANGES_MAX;
 use crate::log::Logged;
@@ -36,14 +37,15 @@ const CHUNKS: usize = 8;
 /// How far ahead descriptors are fetched.
 const AHEAD: u16 = 4;
 
-/// What is kept of a request while it is in flight. Indexed by its id.
-#[derive(Clone, Copy, Default)]
+/// What is kept of a request while it is in flight. Indexed by its id. Zeroes: the id is not in flight; so ids that a driver never uses cost no memory.
+#[derive(Clone, Copy, FromZeros)]
 struct Slot {
     status: Place,
     written: u32,
     /// I/Os not yet reaped; 0: the id is not in flight.
     pending: u32,
-    failed: Option<Status>,
+    /// The first error.
+    failed: Status,
     /// Descriptors that go by with it.
     count: u16,
     /// Where the inflight region has it.
@@ -125,7 +127,7 @@ impl<R: Kind> Queue<R> {
         let poller = reactor.reserve_poller(format!("vhost_{}_{}", setup.name, setup.index));
         let waker = reactor.waker(poller).ok_or_else(|| VhostError::State("no poller".into()))?;
         let completions = layer.borrow_mut().add_queue(waker);
-        let size = ring.size();
+        let slots = Slot::new_vec_zeroed(usize::from(ring.size())).map_err(|_| VhostError::State("no memory for a ring".into()))?;
         setup.stats.set_state(QueueState::Running);
         let queue = Rc::new(RefCell::new(Self {
             ring,
@@ -134,7 +136,7 @@ impl<R: Kind> Queue<R> {
             resubmit,
             header_at: Place::default(),
             status_at: Place::default(),
-            slots: vec![Slot::default(); usize::from(size)],
+            slots,
             layer,
             channel,
             completions,
@@ -264,11 +266,11 @@ impl<R: Kind> Queue<R> {
             let name = tag as u16;
             let slot = &mut self.slots[usize::from(name)];
             slot.pending -= 1;
-            if status.is_error() && slot.failed.is_none() {
-                slot.failed = Some(status);
+            if status.is_error() && !slot.failed.is_error() {
+                slot.failed = status;
             }
             if slot.pending == 0 {
-                let answer = slot.failed.map_or(BlkStatus::OK, |status| status.row().virtio);
+                let answer = if slot.failed.is_error() { slot.failed.row().virtio } else { BlkStatus::OK };
                 self.inflight -= 1;
                 self.answer(name, answer);
             }
@@ -439,7 +441,8 @@ impl<R: Kind> Queue<R> {
         let written = prepare::fill(io, op, &request, self.block_shift);
         io.push(self.completions, u64::from(taken.id));
         let entry = self.tracker.as_mut().map_or(0, |tracker| tracker.mark(&self.ring, taken));
-        self.slots[usize::from(taken.id)] = Slot { status: request.status, written, pending: 1, failed: None, count: taken.count, entry };
+        self.slots[usize::from(taken.id)] =
+            Slot { status: request.status, written, pending: 1, failed: Status::SUCCESS, count: taken.count, entry };
         self.ring.took(taken);
         self.batch.push(id);
         self.inflight += 1;
@@ -482,7 +485,7 @@ impl<R: Kind> Queue<R> {
     fn accept_found(&mut self, layer: &mut Layer, id: IoId, request: &Request, taken: Taken, left: Option<u16>) -> Accepted {
         let name = taken.id;
         self.slots[usize::from(name)] =
-            Slot { status: request.status, written: 1, pending: 0, failed: None, count: taken.count, entry: left.unwrap_or(0) };
+            Slot { status: request.status, written: 1, pending: 0, failed: Status::SUCCESS, count: taken.count, entry: left.unwrap_or(0) };
         let accepted = match self.prepare(layer, id, name, request) {
             Ok(()) => Accepted::Submitted,
             Err(Refused::Answer(status)) => Accepted::Answered(name, status),

@@ -409,7 +409,9 @@ impl Session {
             Command::SetLogBase { fd, size, offset } => {
                 self.log = None;
                 let adopted = DirtyLog::adopt(&fd, size, offset);
-                drop_apart(fd);
+                if adopted.is_err() {
+                    drop_apart(fd);
+                }
                 self.log = Some(adopted?);
             }
             Command::SetLogFd(event) => self.log_told = Some(event),

@@ -98,7 +98,7 @@ pub struct Sense {
 }
 
 /// Result of an I/O: the 15 bits of a completion's status field, in bits 14:0.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, zerocopy::FromZeros)]
 #[repr(transparent)]
 pub struct Status(u16);
 
