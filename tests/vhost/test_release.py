@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from doubles.engine import BdevEvent
 from qpair.app.parcel import pack, unpack
 from qpair.errors import Busy
 from qpair.vhost import messages as m
+from qpair.vhost.framing import BackendRequest
 from qpair.vhost.record import ControllerRecord
 from vhost.conftest import eventually
 from vhost.engine_double import FEATURES, Call, VhostEngine
@@ -28,6 +32,11 @@ async def set_up(peer: Peer) -> None:
     regions = (m.MemoryRegion(0, 4096, 0x10000, 0), m.MemoryRegion(1 << 32, 8192, 0x20000, 4096))
     with_files(2, lambda fds: peer.send(m.SetMemTable(regions), fds))
     with_files(1, lambda fds: peer.send(m.SetInflightFd(8192, 0, 2, 128), fds))
+    with_files(1, lambda fds: peer.send(m.SetLogBase(4096, 0), fds))
+    await peer.receive()
+    with_files(1, lambda fds: peer.send(m.SetLogFd(), fds))
+    assert await peer.order(m.SetConfig(32, 1, 0, b"\0")) == 0
+    assert await peer.order(m.SetStatus(15)) == 0
     for index in (0, 1):
         peer.send(m.SetVringNum(index, 128))
         peer.send(m.SetVringBase(index, 7))
@@ -76,6 +85,7 @@ async def test_a_released_session_goes_on_with_all_that_the_front_end_told(
             assert again[key] == value, key
     assert recorder.names().index("vhost_set_vring_kick") == len(recorder.calls) - 1
     del record, moved
+    assert (await peer.ask(m.GetStatus())).value == 15
     # The connection is answered where it was left, and memory that came before may be added to.
     new = m.MemoryRegion(1 << 33, 4096, 0x50000, 0)
     with_files(1, lambda fds: peer.send(m.AddMemReg(new), fds, need_reply=True))
@@ -84,6 +94,26 @@ async def test_a_released_session_goes_on_with_all_that_the_front_end_told(
     assert await peer.order(m.RemMemReg(new)) == 0
     assert {entry.split(" ", 1)[1].split(":")[0] for entry in count_fds() - before} <= {"socket", "/memfd"}
     assert len(count_fds()) == len(before)
+
+
+async def test_the_socket_on_which_the_front_end_is_asked_is_taken_along(controller: Any, peer: Peer, recorder: VhostEngine) -> None:
+    await peer.agree(ALL)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert await peer.order(m.SetBackendReqFd(), [theirs.fileno()]) == 0
+        theirs.close()
+        [record] = await controller.room.release(5)
+        await controller.room.resume([sent_on(record)])
+        del record
+        controller.room.start_sessions()
+        recorder.push(BdevEvent("resized", "disk0"))
+        ours.setblocking(False)
+        data = b""
+        while len(data) < 12:
+            await asyncio.sleep(0.01)
+            with contextlib.suppress(BlockingIOError):
+                data += ours.recv(100)
+        assert data == BackendRequest.CONFIG_CHANGE_MSG.encode()
 
 
 async def test_half_a_message_is_taken_along(controller: Any, peer: Peer, recorder: VhostEngine) -> None:

@@ -17,7 +17,9 @@ import asyncio
 import socket
 from collections.abc import Callable
 
+from qpair.app.parcel import Descriptor
 from qpair.vhost.framing import BackendRequest, ProtocolError, Request
+from qpair.vhost.record import BackendRecord
 
 __all__ = ["BackendChannel"]
 
@@ -25,12 +27,18 @@ __all__ = ["BackendChannel"]
 class BackendChannel:
     """The socket ``fd``, which becomes the channel's. ``tell(what)`` hears why the front end is not asked, at most twice."""
 
-    def __init__(self, fd: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, fd: int, tell: Callable[[str], None], rest: bytes = b"") -> None:
         self._sock = socket.socket(fileno=fd)
         self._tell = tell
         self._told = False
-        self._rest = b""
+        self._rest = rest
         self._loop = asyncio.get_running_loop()
+        if rest:
+            self._loop.add_writer(self._sock.fileno(), self._send)
+
+    def record(self) -> BackendRecord | None:
+        """For a channel in another process; None if nobody is asked here any more."""
+        return BackendRecord(Descriptor.duplicate(self._sock.fileno()), self._rest) if self._sock.fileno() >= 0 else None
 
     @classmethod
     def of(cls, fd: int, tell: Callable[[str], None]) -> BackendChannel:

@@ -174,6 +174,7 @@ class BackendProtocol:
         self.features = record.features or 0
         self.protocol_features = ProtocolFeatures(record.protocol_features or 0)
         self.memory = record.regions()
+        self.status = record.status
 
     @property
     def _packed(self) -> bool:

@@ -20,9 +20,13 @@ from qpair.vhost.messages import (
     MemoryRegion,
     Message,
     ResetDevice,
+    SetConfig,
     SetFeatures,
     SetInflightFd,
+    SetLogBase,
+    SetLogFd,
     SetProtocolFeatures,
+    SetStatus,
     SetVringAddr,
     SetVringBase,
     SetVringCall,
@@ -32,7 +36,7 @@ from qpair.vhost.messages import (
     SetVringNum,
 )
 
-__all__ = ["ControllerRecord", "InflightRecord", "MemoryRecord", "Released", "RingRecord", "SessionRecord"]
+__all__ = ["BackendRecord", "ControllerRecord", "InflightRecord", "LogRecord", "MemoryRecord", "Released", "RingRecord", "SessionRecord"]
 
 Call = tuple[str, tuple[Any, ...]]
 """A method of the engine and its arguments after the session."""
@@ -64,6 +68,21 @@ class InflightRecord(msgspec.Struct):
     queue_size: int
 
 
+class LogRecord(msgspec.Struct):
+    """The log of dirty pages."""
+
+    memory: Descriptor
+    mmap_size: int
+    mmap_offset: int
+
+
+class BackendRecord(msgspec.Struct):
+    """The socket on which the front end is asked; ``rest`` of a message that it has in part."""
+
+    connection: Descriptor
+    rest: bytes
+
+
 class MemoryRecord(msgspec.Struct):
     """One region of guest memory."""
 
@@ -81,6 +100,11 @@ class SessionRecord(msgspec.Struct):
     protocol_features: int | None = None
     rings: dict[int, RingRecord] = {}
     inflight: InflightRecord | None = None
+    log: LogRecord | None = None
+    log_told: Descriptor | None = None
+    writeback: bool | None = None
+    status: int = 0
+    backend: BackendRecord | None = None
     memory: list[MemoryRecord] | None = None
     unread: bytes = b""
     """Of a message that had come in part."""
@@ -112,11 +136,25 @@ class SessionRecord(msgspec.Struct):
                 self.ring(index).enabled = bool(enable)
             case SetInflightFd() as told:
                 self.inflight = InflightRecord(Descriptor(take()), told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size)
+            case SetLogBase() as told:
+                self.log = LogRecord(Descriptor(take()), told.mmap_size, told.mmap_offset)
+            case SetLogFd():
+                self.log_told = Descriptor(take())
+            case SetConfig() as written:
+                self.writeback = bool(written.data[0])
+            case SetStatus(value=status):
+                self.status = status
+                if status == 0:
+                    self._reset()
             case ResetDevice():
-                self.features, self.inflight = 0, None
-                self.rings.clear()
+                self._reset()
             case _:
                 pass
+
+    def _reset(self) -> None:
+        """As the engine has it: all is forgotten but the protocol's features and memory."""
+        self.features, self.inflight, self.log, self.log_told, self.writeback, self.status = 0, None, None, None, None, 0
+        self.rings.clear()
 
     def _note_descriptor(self, message: SetVringKick | SetVringCall | SetVringErr, fd: Descriptor | None) -> None:
         ring = self.ring(message.index)
@@ -141,6 +179,12 @@ class SessionRecord(msgspec.Struct):
         if self.memory is not None:
             rows = [(m.guest_address, m.size_bytes, m.user_address, m.mmap_offset, m.memory.fileno()) for m in self.memory]
             yield "vhost_set_mem_table", (rows,)
+        if self.log is not None:
+            yield "vhost_set_log_base", (self.log.memory.fileno(), self.log.mmap_size, self.log.mmap_offset)
+        if self.log_told is not None:
+            yield "vhost_set_log_fd", (self.log_told.fileno(),)
+        if self.writeback is not None:
+            yield "vhost_set_writeback", (self.writeback,)
         for index, ring in self.rings.items():
             yield from _restore_ring(index, ring)
         if (known := self.inflight) is not None:

@@ -166,6 +166,8 @@ class Session:
         inherited = self._start.is_set()
         for name, args in self._record.restore_calls():
             await self._call(name, args)
+        if (known := self._record.backend) is not None:
+            self._backend = BackendChannel(known.connection.take(), self._on_backend_channel, known.rest)
         self._protocol.resume(self._record)
         self._memory_fds = sorted(fd for _, fd in self._protocol.memory)
         self.restored.set_result(None)
@@ -192,6 +194,7 @@ class Session:
             return False
         record = self._record
         record.memory = [MemoryRecord(Descriptor.duplicate(fd), *astuple(region)) for region, fd in self._protocol.memory]
+        record.backend = self._backend.record() if self._backend is not None else None
         record.unread, record.unread_fds = self.channel.take_unread()
         self._stopped = "it was released"
         asked.set_result(Released(self.channel.duplicate(), record))
