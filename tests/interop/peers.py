@@ -51,6 +51,11 @@ class Server:
             self.process.kill()
             return self.process.wait()
 
+    def kill(self) -> None:
+        """SIGKILL, and waits until nothing of it is left."""
+        self.process.kill()
+        self.process.wait()
+
     def __enter__(self) -> Self:
         return self
 

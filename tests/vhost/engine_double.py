@@ -112,6 +112,13 @@ class VhostEngine(Engine):
         del self.controllers[name]
         return self.finish("vhost_blk_delete", args=(name,))
 
+    def vhost_blk_set_reactors(self, name: str, reactors: Sequence[int]) -> int:
+        self.controllers[name].reactors = reactors
+        return self.finish("vhost_blk_set_reactors", args=(name, tuple(reactors)))
+
+    def vhost_blk_set_coalescing(self, name: str, delay_base_us: int, iops_threshold: int) -> int:
+        return self.finish("vhost_blk_set_coalescing", args=(name, delay_base_us, iops_threshold))
+
     def vhost_blk_info(self, name: str | None = None) -> list[dict[str, Any]]:
         chosen = self.controllers.values() if name is None else [self.controllers[name]]
         queue = {"index": 0, "size": 128, "state": "running", "lcore": 0, "avail_idx": 0, "used_idx": 0, "requests": 0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qpair.errors import AlreadyExists, Busy, InvalidArgument, InvalidParameters, NoSuchBdev, NoSuchController, NoSuchFile
+from qpair.errors import AlreadyExists, Busy, InvalidArgument, InvalidParameters, NoSuchBdev, NoSuchController, NoSuchDevice, NoSuchFile
 from qpair.vhost import messages as m
 from qpair.vhost.listener import PATH_BYTES_MAX
 from vhost.conftest import eventually
@@ -247,35 +246,66 @@ async def test_rpc_errors_carry_spdks_codes(recording_stack: Any, controller: An
         await recording_stack.rpc("vhost_create_blk_controller", ctrlr="vhost.1", dev="disk0")
 
 
-async def test_coalescing_is_remembered_shown_and_said_to_have_no_effect(
-    recording_stack: Any, controller: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(InvalidArgument, match=r"^iops_threshold is 0, it must be at least 1$"):
-        await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=10, iops_threshold=0)
+async def test_coalescing_goes_to_the_engine_within_its_limits(recording_stack: Any, controller: Any, recorder: VhostEngine) -> None:
+    with pytest.raises(InvalidArgument, match=r"^iops_threshold is 99, it must be at least 100$"):
+        await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=10, iops_threshold=99)
     with pytest.raises(InvalidArgument, match=r"^delay_base_us is 1000001, the limit is 1000000$"):
-        await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=1_000_001, iops_threshold=1)
-    with caplog.at_level(logging.WARNING, logger="qpair.vhost"):
-        await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=10, iops_threshold=1000)
-    assert "without effect" in caplog.text
+        await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=1_000_001, iops_threshold=100)
+    assert "vhost_blk_set_coalescing" not in recorder.names()
+    await recording_stack.rpc("vhost_controller_set_coalescing", ctrlr="vhost.0", delay_base_us=10, iops_threshold=1000)
+    assert recorder.calls[-1].args == ("vhost.0", 10, 1000)
     [shown] = await recording_stack.rpc("vhost_get_controllers")
     assert (shown["delay_base_us"], shown["iops_threshold"]) == (10, 1000)
 
 
+async def test_queues_move_to_reactors_of_the_stack_and_to_no_others(recording_stack: Any, controller: Any, recorder: VhostEngine) -> None:
+    core = controller.reactors[0]
+    await recording_stack.rpc("qpair_vhost_set_cpumask", ctrlr="vhost.0", cpumask=f"[{core}]")
+    assert (recorder.calls[-1].name, recorder.calls[-1].args) == ("vhost_blk_set_reactors", ("vhost.0", (core,)))
+    with pytest.raises(InvalidArgument, match=rf"^cpumask names core {core + 1}, the stack's reactors run on"):
+        await recording_stack.rpc("qpair_vhost_set_cpumask", ctrlr="vhost.0", cpumask=f"[{core + 1}]")
+    with pytest.raises(NoSuchController):
+        await recording_stack.rpc("qpair_vhost_set_cpumask", ctrlr="vhost.1", cpumask=f"[{core}]")
+
+
+async def test_the_one_transport_is_there_from_the_start(recording_stack: Any) -> None:
+    assert await recording_stack.rpc("virtio_blk_get_transports") == [{"name": "vhost_user_blk"}]
+    assert await recording_stack.rpc("virtio_blk_get_transports", name="VHOST_USER_BLK") == [{"name": "vhost_user_blk"}]
+    with pytest.raises(AlreadyExists, match=r"^transport 'vhost_user_blk' is always there$"):
+        await recording_stack.rpc("virtio_blk_create_transport", name="vhost_user_blk")
+    with pytest.raises(InvalidArgument, match=r"^transport 'vfio_user_blk' is unknown, the only one is 'vhost_user_blk'$"):
+        await recording_stack.rpc("virtio_blk_create_transport", name="vfio_user_blk")
+    with pytest.raises(NoSuchDevice) as missing:
+        await recording_stack.rpc("virtio_blk_get_transports", name="vfio_user_blk")
+    assert (missing.value.code, missing.value.text) == (-19, "No such device")
+
+
 async def test_the_configuration_makes_the_same_controllers_again(recording_stack: Any, controller: Any) -> None:
     await recording_stack.vhost.create("vhost.1", "disk0", readonly=True)
-    recording_stack.vhost.set_coalescing("vhost.1", 5, 100)
+    await recording_stack.vhost.create("vhost.2", "disk0", client=True, num_queues=3)
+    await recording_stack.vhost.set_coalescing("vhost.1", 5, 100)
     saved = recording_stack.config("vhost_blk")
     assert [entry["method"] for entry in saved] == [
         "vhost_create_blk_controller",
         "vhost_create_blk_controller",
         "vhost_controller_set_coalescing",
+        "qpair_vhost_create_blk_controller",
     ]
-    shown = await recording_stack.rpc("vhost_get_controllers")
-    for name in ("vhost.0", "vhost.1"):
+    assert saved[-1]["params"]["client"] is True
+    assert saved[-1]["params"]["num_queues"] == 3
+
+    async def show() -> list[dict[str, Any]]:
+        # Of one that connects, how far it has come is another matter.
+        return [
+            {key: value for key, value in each.items() if key != "qpair"} for each in await recording_stack.rpc("vhost_get_controllers")
+        ]
+
+    shown = await show()
+    for name in ("vhost.0", "vhost.1", "vhost.2"):
         await recording_stack.vhost.delete(name)
     for entry in saved:
         await recording_stack.rpc(entry["method"], **entry["params"])
-    assert await recording_stack.rpc("vhost_get_controllers") == shown
+    assert await show() == shown
 
 
 async def test_creating_and_deleting_at_once_ends_in_one_controller_or_none(recording_stack: Any) -> None:

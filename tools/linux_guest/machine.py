@@ -223,14 +223,23 @@ class Guest:
         return words
 
 
-def vhost_user_blk_args(socket: Path, *, queues: int = 2, queue_size: int = 128, name: str = "disk0", packed: bool = False) -> list[str]:
-    """QEMU arguments that attach a vhost-user-blk disk. ``packed``: the guest is offered packed rings if the server offers them."""
+def vhost_user_blk_args(
+    socket: Path,
+    *,
+    queues: int = 2,
+    queue_size: int = 128,
+    name: str = "disk0",
+    packed: bool = False,
+    server: bool = False,
+    reconnect_ms: int = 0,
+) -> list[str]:
+    """QEMU arguments that attach a vhost-user-blk disk. ``packed``: the guest is offered packed rings if the server offers them; ``server``:
+    QEMU listens and waits for the disk's server; ``reconnect_ms``: it tries so often to connect again, once it was connected."""
+    role = ",server=on,wait=on" if server else f",reconnect-ms={reconnect_ms}" if reconnect_ms else ""
+    device = f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues},queue-size={queue_size}"
     return [
-        *("-chardev", f"socket,id={name}-socket,path={socket}"),
-        *(
-            "-device",
-            f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues},queue-size={queue_size}{',packed=on' if packed else ''}",
-        ),
+        *("-chardev", f"socket,id={name}-socket,path={socket}{role}"),
+        *("-device", f"{device}{',packed=on' if packed else ''}"),
     ]
 
 

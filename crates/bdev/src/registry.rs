@@ -495,6 +495,14 @@ impl Descriptor {
         .ok_or_else(|| BdevError::Removing(self.name.clone()))?;
         layer.open_channel(reactor, &self.registry, self.device, &device, &info)
     }
+
+    /// As [`channel`](Self::channel); once the device is going or gone, one that refuses all I/O. `info`: the snapshot that was in force last.
+    pub fn channel_or_gone(&self, reactor: &mut Reactor, layer: &mut Layer, info: &Arc<Info>) -> Result<ChannelId, BdevError> {
+        match self.channel(reactor, layer) {
+            Err(BdevError::Removing(_)) => layer.open_gone(reactor, &self.registry, self.device, info),
+            opened => opened,
+        }
+    }
 }
 
 impl Drop for Descriptor {

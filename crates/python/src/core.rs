@@ -9,8 +9,8 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use qpair_bdev::python::Ring;
 use qpair_bdev::malloc::Malloc;
+use qpair_bdev::python::Ring;
 use qpair_bdev::{Descriptor, Layer, Registry, lifecycle};
 use qpair_raid::Raids;
 use qpair_reactor::driver::Choice;

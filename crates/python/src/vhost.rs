@@ -11,7 +11,9 @@ use std::time::Instant;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use qpair_reactor::event::Event;
-use qpair_vhost::{Addresses, Answer, Command, ControllerInfo, MemoryRow, Options, QueueState, Source, Target, VhostError};
+use qpair_vhost::{
+    Addresses, Answer, Change, Coalescing, Command, ControllerInfo, MemoryRow, Options, QueueState, Source, Target, VhostError,
+};
 
 use crate::core::{Core, lock};
 use crate::engine::Engine;
@@ -171,6 +173,13 @@ fn remove(core: &Core, name: &str, token: Token) {
 }
 
 impl Engine {
+    fn vhost_change(&self, name: &str, change: Change) -> PyResult<u64> {
+        let (core, draft) = self.begin()?;
+        let (number, token) = (draft.number(), draft.commit());
+        core.vhost.target.change(name, change, Box::new(move |outcome| token.answer(outcome.map(value_of))));
+        Ok(number)
+    }
+
     fn vhost_command(&self, session: Number, command: Command) -> PyResult<u64> {
         let (core, draft) = self.begin()?;
         let session = session.u64("session")?;
@@ -227,6 +236,16 @@ impl Engine {
         let core = self.running()?;
         let found = core.vhost.target.info(name).map_err(Failure::from)?;
         found.iter().map(|controller| controller_dict(py, &core.vhost, controller)).collect()
+    }
+
+    fn vhost_blk_set_reactors(&self, name: &str, reactors: Vec<Number>) -> PyResult<u64> {
+        let reactors = self.running()?.pick_reactors(reactors)?;
+        self.vhost_change(name, Change::Reactors(reactors))
+    }
+
+    fn vhost_blk_set_coalescing(&self, name: &str, delay_base_us: Number, iops_threshold: Number) -> PyResult<u64> {
+        let (delay_base_us, iops_threshold) = (delay_base_us.u32("delay_base_us")?, iops_threshold.u32("iops_threshold")?);
+        self.vhost_change(name, Change::Coalescing(Coalescing { delay_base_us, iops_threshold }))
     }
 
     fn vhost_session_open(&self, controller: &str) -> PyResult<u64> {

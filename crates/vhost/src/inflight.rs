@@ -6,6 +6,10 @@
 //!
 //! Every store is volatile or atomic and fenced against the compiler, so that they happen in this order in memory, which is all that
 //! a killed process leaves behind. The region may lie: all that is read is checked, and a contradiction is refused.
+//!
+//! A ring may be larger than the front end says when it has the region made: QEMU names its `queue-size`, and versions of it let the guest
+//! (and its firmware) make rings of 1024 entries all the same. So a region is made for rings of at least [`ROOM`] entries; one that comes back is taken to
+//! be so if it is large enough for that.
 
 mod packed;
 mod split;
@@ -21,12 +25,16 @@ use crate::{Broken, QUEUES_MAX, VhostError};
 pub(crate) use packed::{PackedLeft, PackedTracker};
 pub(crate) use split::SplitTracker;
 
+/// For how large a ring there is room in every region that is made here: QEMU's largest.
+const ROOM: u16 = 1024;
+
 /// The region of a session, shared by its rings.
 #[derive(Clone, Debug)]
 pub struct Inflight {
     mapping: Arc<Mapping>,
     offset: u64,
     num_queues: u16,
+    /// Entries of the largest ring that it can track.
     queue_size: u16,
 }
 
@@ -34,6 +42,7 @@ impl Inflight {
     /// A new, empty one, and its descriptor for the front end.
     pub fn create(num_queues: u16, queue_size: u16, packed: bool) -> Result<(Self, OwnedFd, u64), VhostError> {
         check(num_queues, queue_size)?;
+        let queue_size = queue_size.max(ROOM);
         let bytes = region_bytes(num_queues, queue_size, packed);
         let mapping = Mapping::memfd("qpair-inflight", bytes as usize)?;
         let fd = mapping.fd().ok_or(VhostError::State("the inflight region has no descriptor".into()))?;
@@ -55,6 +64,8 @@ impl Inflight {
         let end =
             offset.checked_add(size).ok_or_else(|| VhostError::invalid("inflight mmap_offset", offset, "offset + size below 2^64"))?;
         let mapping = Mapping::shared(fd.as_fd(), end)?;
+        let roomy = queue_size.max(ROOM);
+        let queue_size = if size >= region_bytes(num_queues, roomy, packed) { roomy } else { queue_size };
         Ok(Self { mapping, offset, num_queues, queue_size })
     }
 

@@ -12,6 +12,9 @@
 //! The guest is hostile: descriptors and headers are copied once, then checked. Whatever breaks the rules ends its queue
 //! by name ([`Broken`]); the other queues, sessions and disks go on.
 //!
+//! A bdev that goes while a session lives leaves the session as it is: its rings, also those that start later, answer with errors. What of a controller
+//! may change under a session ([`Change`]: the reactors of its rings, their coalescing) is a command as any other, for which all rings stop and start.
+//!
 //! Errors. [`VhostError`] for commands that cannot be done; [`Broken`] for what a ring's driver did.
 //!
 //! Not implemented: in-order use (a fast answer would wait behind a slow one). Memory regions that come and go one by one, and backend requests, are Python's.
@@ -20,6 +23,7 @@
 
 #![forbid(unsafe_code)]
 
+mod coalesce;
 mod config;
 mod inflight;
 mod log;
@@ -34,6 +38,7 @@ mod split;
 mod stats;
 mod target;
 
+pub use coalesce::Coalescing;
 pub use config::{features, serial};
 pub use inflight::Inflight;
 pub use packed::PackedRing;
@@ -41,7 +46,7 @@ pub use rows::{MemoryRow, Source};
 pub use session::{Answer, Command};
 pub use split::SplitRing;
 pub use stats::{QueueState, QueueStats};
-pub use target::{Controller, ControllerInfo, Failure, Options, QueueInfo, Reply, SessionInfo, Target};
+pub use target::{Change, Controller, ControllerInfo, Failure, Options, QueueInfo, Reply, SessionInfo, Target};
 
 /// Most queues of one controller.
 pub const QUEUES_MAX: u32 = 256;

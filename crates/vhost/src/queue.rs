@@ -21,6 +21,7 @@ use qpair_wire::nvme::Status;
 use qpair_wire::virtio_blk::BlkStatus;
 use zerocopy::FromZeros;
 
+use crate::coalesce::Interrupts;
 use crate::config::RANGES_MAX;
 use crate::log::Logged;
 use crate::request::{self, Request};
@@ -108,6 +109,8 @@ struct Queue<R: Kind> {
     block_shift: u32,
     /// Writes may take the short way: they are allowed, and not each to be durable.
     plain_writes: bool,
+    /// If interrupts are coalesced.
+    interrupts: Option<Rc<RefCell<Interrupts>>>,
     stopped: Option<Stopped>,
     abort_timer: Option<TimerId>,
 }
@@ -122,13 +125,15 @@ impl<R: Kind> Queue<R> {
         let tracked = setup.inflight.as_ref().map(|region| ring.track(region, setup.index)).transpose()?;
         let (tracker, resubmit) = tracked.map_or((None, Vec::new()), |(tracker, left)| (Some(tracker), left));
         let layer = Layer::of(reactor);
-        let info = setup.descriptor.info().ok_or_else(|| VhostError::NoSuch(format!("bdev {}", setup.descriptor.name())))?;
-        let channel = setup.descriptor.channel(reactor, &mut layer.borrow_mut())?;
+        let channel = setup.descriptor.channel_or_gone(reactor, &mut layer.borrow_mut(), &setup.info)?;
         let poller = reactor.reserve_poller(format!("vhost_{}_{}", setup.name, setup.index));
         let waker = reactor.waker(poller).ok_or_else(|| VhostError::State("no poller".into()))?;
         let completions = layer.borrow_mut().add_queue(waker);
         let slots = Slot::new_vec_zeroed(usize::from(ring.size())).map_err(|_| VhostError::State("no memory for a ring".into()))?;
         setup.stats.set_state(QueueState::Running);
+        let call = || setup.call.as_ref().map(Event::twin).transpose().map_err(|error| VhostError::Os("dup", error));
+        let coalescing = setup.coalescing.map(|coalescing| Ok::<_, VhostError>((coalescing, call()?))).transpose()?;
+        let interrupts = coalescing.map(|(coalescing, call)| Interrupts::new(reactor, coalescing, call, setup.stats.clone()));
         let queue = Rc::new(RefCell::new(Self {
             ring,
             memory,
@@ -147,15 +152,18 @@ impl<R: Kind> Queue<R> {
             answered: 0,
             batch: Vec::with_capacity(usize::from(CHUNK) * RANGES_MAX),
             done: Vec::with_capacity(1024),
-            block_shift: info.block_size.trailing_zeros(),
+            block_shift: setup.info.block_size.trailing_zeros(),
             plain_writes: !setup.readonly && !setup.durable,
+            interrupts,
             stopped: None,
             abort_timer: None,
             setup,
         }));
         reactor.install_poller(poller, Box::new(QueuePoller(queue.clone())));
-        let outcome = queue.borrow_mut().watch_kick(reactor);
-        outcome.map(|()| queue)
+        queue.borrow_mut().watch_kick(reactor)?;
+        // A predecessor may have shown an answer and died before it told of it.
+        queue.borrow_mut().interrupt();
+        Ok(queue)
     }
 
     /// Listens for kicks. On failure nothing of the ring is left.
@@ -179,6 +187,9 @@ impl<R: Kind> Queue<R> {
         }
         if let Some(timer) = self.abort_timer.take() {
             reactor.cancel(timer);
+        }
+        if let Some(interrupts) = &self.interrupts {
+            interrupts.borrow_mut().end(reactor);
         }
         {
             let mut layer = self.layer.borrow_mut();
@@ -216,7 +227,10 @@ impl<R: Kind> Queue<R> {
         }
         if work > 0 {
             if self.state != QueueState::Failed && self.ring.wants_interrupt() {
-                self.interrupt();
+                match &self.interrupts {
+                    None => self.interrupt(),
+                    Some(interrupts) => Interrupts::want(interrupts, reactor),
+                }
             }
             self.book();
         }
@@ -546,6 +560,9 @@ impl<R: Kind> Control for Queue<R> {
     }
 
     fn set_call(&mut self, call: Option<Event>) {
+        if let Some(interrupts) = &self.interrupts {
+            interrupts.borrow_mut().set_call(call.as_ref().and_then(|call| call.twin().ok()));
+        }
         self.setup.call = call;
         // What was done while nobody could be told is told now: a spurious interrupt is harmless.
         self.interrupt();

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use qpair_bdev::Descriptor;
+use qpair_bdev::{Descriptor, Info};
 use qpair_memory::{GuestMemory, drop_apart};
 use qpair_reactor::event::Event;
 use qpair_reactor::{Fanout, Reactor};
@@ -26,7 +26,7 @@ use crate::log::{DirtyLog, LogSetup};
 use crate::park::park;
 use crate::queue::{self, Control};
 use crate::rows::{MappedRow, MemoryRow, regions};
-use crate::{Addresses, Broken, Controller, Inflight, QueueState, QueueStats, Reply, VhostError};
+use crate::{Addresses, Broken, Change, Coalescing, Controller, Inflight, QueueState, QueueStats, Reply, VhostError};
 
 /// What a front end can ask for.
 #[allow(missing_docs)]
@@ -86,6 +86,8 @@ pub enum Command {
     SetLogFd(Event),
     /// SET_CONFIG of the write-cache mode: writes may be answered before they are durable.
     SetWriteback(bool),
+    /// Something of the controller, which no front end asks for.
+    Change(Change),
     /// Ends the session: everything stopped, all memory gone.
     Close,
 }
@@ -109,6 +111,8 @@ pub(crate) struct Setup {
     pub(crate) name: String,
     pub(crate) index: u16,
     pub(crate) descriptor: Arc<Descriptor>,
+    /// As the bdev is, or was when it went.
+    pub(crate) info: Arc<Info>,
     pub(crate) packed: bool,
     pub(crate) size: u16,
     pub(crate) addresses: Addresses,
@@ -125,6 +129,7 @@ pub(crate) struct Setup {
     pub(crate) log: Option<LogSetup>,
     /// Each write is durable before it is answered.
     pub(crate) durable: bool,
+    pub(crate) coalescing: Option<Coalescing>,
     pub(crate) stats: Arc<QueueStats>,
     pub(crate) failed: OnBroken,
 }
@@ -344,7 +349,8 @@ impl Session {
             | Command::SetLogFd(_)
             | Command::SetWriteback(_)
             | Command::ResetDevice
-            | Command::Close => (0..self.rings.len() as u16).filter(running).collect(),
+            | Command::Close
+            | Command::Change(_) => (0..self.rings.len() as u16).filter(running).collect(),
             Command::SetVringNum { queue, .. }
             | Command::SetVringAddr { queue, .. }
             | Command::SetVringBase { queue, .. }
@@ -422,6 +428,7 @@ impl Session {
                 self.writeback.store(wanted, Ordering::Relaxed);
             }
             Command::ResetDevice => self.reset(),
+            Command::Change(change) => self.controller.change(change),
             Command::Close => {
                 self.reset();
                 self.rows = None;
@@ -511,6 +518,7 @@ impl Session {
                 name: self.controller.name().to_owned(),
                 index: index as u16,
                 descriptor: self.controller.descriptor().clone(),
+                info: self.controller.bdev_info(),
                 packed,
                 size,
                 addresses,
@@ -522,7 +530,7 @@ impl Session {
                 kick: twin(&ring.kick)?,
                 call: twin(&ring.call)?,
                 err: twin(&ring.err)?,
-                // Firmware may make a ring larger than its machine said when it had the region made: it runs untracked.
+                // A ring for which there is no room in the region runs untracked.
                 inflight: self.inflight.clone().filter(|region| region.queue_size() >= size),
                 // Without a log, LOG_ALL has nothing to write to: a front end may say it first.
                 log: match &self.log {
@@ -530,6 +538,7 @@ impl Session {
                     _ => None,
                 },
                 durable,
+                coalescing: self.controller.coalescing(),
                 stats: ring.stats.clone(),
                 failed: self.failed.clone(),
             });

@@ -2,19 +2,33 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use qpair_bdev::{Descriptor, Info, Registry};
 use qpair_reactor::Handle;
 
 use crate::session::{self, Answer, Command, SharedState};
-use crate::{Broken, QUEUES_MAX, QueueState, QueueStats, VhostError, config};
+use crate::{Broken, Coalescing, QUEUES_MAX, QueueState, QueueStats, VhostError, config};
 
 /// Where the answer to a command goes, from whatever thread.
 pub type Reply = Box<dyn FnOnce(Result<Answer, VhostError>) + Send>;
 
 /// In-flight I/O of a ring that stops is asked to end early after this long.
 const DRAIN_NS: u64 = 5_000_000_000;
+
+/// What may change while a session lives.
+#[derive(Clone)]
+pub enum Change {
+    /// The rings run on these reactors in turn. The session's home stays where it is.
+    Reactors(Vec<Handle>),
+    /// How interrupts are coalesced.
+    Coalescing(Coalescing),
+}
+
+struct Changeable {
+    reactors: Vec<Handle>,
+    coalescing: Coalescing,
+}
 
 /// A bdev as a virtio-blk device.
 pub struct Controller {
@@ -24,7 +38,7 @@ pub struct Controller {
     readonly: bool,
     packed_ring: bool,
     num_queues: u32,
-    reactors: Vec<Handle>,
+    changeable: RwLock<Changeable>,
     drain_ns: AtomicU64,
 }
 
@@ -53,8 +67,24 @@ impl Controller {
     }
 
     /// Queues are spread over the controller's reactors in turn.
-    pub(crate) fn reactor_of(&self, queue: u16) -> &Handle {
-        &self.reactors[usize::from(queue) % self.reactors.len()]
+    pub(crate) fn reactor_of(&self, queue: u16) -> Handle {
+        let reactors = &self.changeable.read().unwrap_or_else(PoisonError::into_inner).reactors;
+        reactors[usize::from(queue) % reactors.len()].clone()
+    }
+
+    /// How interrupts are coalesced, if they are.
+    pub(crate) fn coalescing(&self) -> Option<Coalescing> {
+        let coalescing = self.changeable.read().unwrap_or_else(PoisonError::into_inner).coalescing;
+        (coalescing.delay_base_us > 0).then_some(coalescing)
+    }
+
+    /// Only while no ring runs.
+    pub(crate) fn change(&self, change: Change) {
+        let mut state = self.changeable.write().unwrap_or_else(PoisonError::into_inner);
+        match change {
+            Change::Reactors(reactors) => state.reactors = reactors,
+            Change::Coalescing(coalescing) => state.coalescing = coalescing,
+        }
     }
 
     pub(crate) fn drain_ns(&self) -> u64 {
@@ -92,6 +122,7 @@ pub struct Failure {
 
 struct Open {
     controller: Arc<Controller>,
+    home: Handle,
     shared: SharedState,
 }
 
@@ -138,6 +169,7 @@ pub struct SessionInfo {
 #[allow(missing_docs)]
 pub struct ControllerInfo {
     pub name: String,
+    /// Empty once it is gone.
     pub bdev: String,
     pub readonly: bool,
     pub num_queues: u32,
@@ -174,7 +206,7 @@ impl Target {
             readonly,
             packed_ring,
             num_queues,
-            reactors,
+            changeable: RwLock::new(Changeable { reactors, coalescing: Coalescing::default() }),
             drain_ns: AtomicU64::new(DRAIN_NS),
         };
         inner.controllers.insert(name.to_owned(), Arc::new(controller));
@@ -187,7 +219,7 @@ impl Target {
         if !inner.controllers.contains_key(name) {
             return Err(VhostError::NoSuch(format!("controller {name}")));
         }
-        if let Some((id, _)) = inner.sessions.iter().find(|(_, open)| open.controller.name == name) {
+        if let Some(id) = inner.session_of(name) {
             return Err(VhostError::Busy(format!("controller {name} has session {id}")));
         }
         let controller = inner.controllers.remove(name);
@@ -219,25 +251,25 @@ impl Target {
     pub fn open(&self, name: &str) -> Result<u64, VhostError> {
         let mut inner = self.lock();
         let controller = inner.controllers.get(name).cloned().ok_or_else(|| VhostError::NoSuch(format!("controller {name}")))?;
-        if let Some((id, _)) = inner.sessions.iter().find(|(_, open)| open.controller.name == name) {
+        if let Some(id) = inner.session_of(name) {
             return Err(VhostError::Busy(format!("controller {name} has session {id}")));
         }
         inner.next += 1;
         let id = inner.next;
         let stats = (0..controller.num_queues).map(|_| Arc::new(QueueStats::default())).collect();
         let shared = SharedState { stats, writeback: Arc::new(AtomicBool::new(true)) };
-        inner.sessions.insert(id, Open { controller: controller.clone(), shared: shared.clone() });
+        let home = controller.reactor_of(0);
+        inner.sessions.insert(id, Open { controller: controller.clone(), home: home.clone(), shared: shared.clone() });
         drop(inner);
         let tell = self.on_failure.clone();
         let failed = Arc::new(move |queue, broken| tell(Failure { session: id, queue, broken }));
-        let home = controller.reactors[0].clone();
         home.call(move |reactor| session::open(reactor, id, controller, shared, failed));
         Ok(id)
     }
 
     /// Sends a command to a session. [`Command::Close`] also forgets it, when it is done.
     pub fn command(self: &Arc<Self>, session: u64, command: Command, reply: Reply) {
-        let home = self.lock().sessions.get(&session).map(|open| open.controller.reactors[0].clone());
+        let home = self.lock().sessions.get(&session).map(|open| open.home.clone());
         let Some(home) = home else {
             return reply(Err(VhostError::NoSuch(format!("session {session}"))));
         };
@@ -251,6 +283,32 @@ impl Target {
             }),
         };
         home.call(move |reactor| session::command(reactor, session, command, reply));
+    }
+
+    /// Changes a controller, with its session's rings at rest if it has one.
+    pub fn change(self: &Arc<Self>, name: &str, change: Change, reply: Reply) {
+        if matches!(&change, Change::Reactors(reactors) if reactors.is_empty()) {
+            return reply(Err(VhostError::invalid("reactors", "none", "at least one")));
+        }
+        let inner = self.lock();
+        let Some(controller) = inner.controllers.get(name).cloned() else {
+            drop(inner);
+            return reply(Err(VhostError::NoSuch(format!("controller {name}"))));
+        };
+        let Some(session) = inner.session_of(name) else {
+            // Under the lock: none begins meanwhile.
+            controller.change(change);
+            drop(inner);
+            return reply(Ok(Answer::Done));
+        };
+        drop(inner);
+        let (target, name, again) = (self.clone(), name.to_owned(), change.clone());
+        let reply: Reply = Box::new(move |outcome| match outcome {
+            // The session ended before its turn came.
+            Err(VhostError::NoSuch(_)) => target.change(&name, again, reply),
+            outcome => reply(outcome),
+        });
+        self.command(session, Command::Change(change), reply);
     }
 
     /// Controllers with their sessions and rings; all, or the one of a name.
@@ -269,6 +327,10 @@ impl Target {
 }
 
 impl Inner {
+    fn session_of(&self, controller: &str) -> Option<u64> {
+        self.sessions.iter().find(|(_, open)| open.controller.name == controller).map(|(id, _)| *id)
+    }
+
     fn describe(&self, controller: &Arc<Controller>) -> ControllerInfo {
         let sessions = self.sessions.iter().filter(|(_, open)| open.controller.name == controller.name);
         let session = |(id, open): (&u64, &Open)| {
@@ -277,10 +339,17 @@ impl Inner {
         };
         ControllerInfo {
             name: controller.name.clone(),
-            bdev: controller.descriptor.name().to_owned(),
+            bdev: controller.descriptor.info().map(|info| info.name.clone()).unwrap_or_default(),
             readonly: controller.readonly,
             num_queues: controller.num_queues,
-            reactors: controller.reactors.iter().map(|handle| handle.id().0).collect(),
+            reactors: controller
+                .changeable
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .reactors
+                .iter()
+                .map(|handle| handle.id().0)
+                .collect(),
             features: controller.features(),
             sessions: sessions.map(session).collect(),
         }

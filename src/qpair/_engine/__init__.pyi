@@ -407,7 +407,14 @@ class Engine:
     def vhost_blk_delete(self, name: str, *, deadline_ms: int = 10_000) -> int: ...
     def vhost_blk_info(self, name: str | None = None) -> list[dict[str, Any]]:
         """``name, bdev, readonly, num_queues, reactors, device_features (int), sessions: [{id, features, queues: [{index, size, state
-        ("stopped" | "running" | "draining" | "failed"), lcore, avail_idx, used_idx, requests, kicks, interrupts, inflight}]}]``."""
+        ("stopped" | "running" | "draining" | "failed"), lcore, avail_idx, used_idx, requests, kicks, interrupts, inflight}]}]``.
+        ``bdev`` is empty once it is gone."""
+
+    def vhost_blk_set_reactors(self, name: str, reactors: Sequence[int]) -> int:
+        """The queues run on these lcores' reactors in turn, those of a live session too: each stops, moves and goes on before the reply."""
+
+    def vhost_blk_set_coalescing(self, name: str, delay_base_us: int, iops_threshold: int) -> int:
+        """How a queue's interrupts are held back once it answers more than ``iops_threshold`` requests a second; a delay of 0: not at all."""
 
     def vhost_session_open(self, controller: str) -> int:
         """Reply value: session id. One live session a controller: ``EBUSY`` otherwise."""

@@ -1,11 +1,12 @@
-"""The vhost-user-blk controllers of one stack: each a device of the engine, a listening socket and at most one front end.
+"""The vhost-user-blk controllers of one stack: each a device of the engine, a socket and at most one front end.
 
-How it works: a controller's device lives in the engine (`Engine.vhost_blk_create`); this room listens for it and runs a `Session` a connection. One front end at a
+How it works: a controller's device lives in the engine (`Engine.vhost_blk_create`); this room listens for it, or connects where the front end listens (``client``), and
+runs a `Session` a connection. One front end at a
 time: a second one, while the first lives, is disconnected at once, so that it fails loudly instead of hanging at start. One that
 comes while the first is leaving (QEMU that reconnects, or its successor) waits until the engine has drained the old session.
 
-Errors: `AlreadyExists` (the name), `NoSuchController`, `Busy` (a front end is connected; somebody listens on the socket), `InvalidArgument` (cpumask,
-transport, path), what the engine says of the bdev.
+Errors: `AlreadyExists` (the name, a transport), `NoSuchController`, `Busy` (a front end is connected; somebody listens on the socket), `InvalidArgument` (cpumask,
+transport, path, coalescing), what the engine says of the bdev.
 
 Limits: one live session a controller.
 """
@@ -17,7 +18,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from qpair.app.cores import parse_mask
@@ -25,6 +26,7 @@ from qpair.app.logs import LineLimit
 from qpair.app.passed import PassedSockets
 from qpair.app.subsystems import ConfigEntry, Subsystem
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, NoSuchController, NoSuchDevice, from_engine
+from qpair.vhost.connector import Connector
 from qpair.vhost.listener import Listener
 from qpair.vhost.model import TRANSPORT, Coalescing, VhostBlkController
 from qpair.vhost.transport import Channel
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["ControllerServer", "VhostSubsystem"]
 
 COALESCING_DELAY_US_MAX = 1_000_000
+COALESCING_IOPS_MIN = 100
+"""Less is no request in the ten milliseconds over which requests are counted."""
 
 logger = logging.getLogger("qpair.vhost")
 
@@ -45,8 +49,9 @@ logger = logging.getLogger("qpair.vhost")
 class ControllerServer:
     """The socket of one controller, from `start` to `stop`."""
 
-    def __init__(self, bridge: Bridge, controller: str, path: str) -> None:
+    def __init__(self, bridge: Bridge, controller: str, path: str, *, client: bool = False) -> None:
         self.controller = controller
+        self.connector = Connector(path) if client else None
         self.session: Session | None = None
         self._bridge = bridge
         self._lines = LineLimit()  # of all its sessions: a front end may come and go a thousand times a second
@@ -55,7 +60,10 @@ class ControllerServer:
         self._running: asyncio.Task[None] | None = None
 
     def start(self, passed: PassedSockets) -> None:
-        """Listen, on one of ``passed`` if it has the path; the errors are those of `Listener.open`."""
+        """Listen, on one of ``passed`` if it has the path, or begin to connect; the errors are those of `Listener.open`."""
+        if self.connector is not None:
+            self._accepting = asyncio.create_task(self.connector.run(self._connected), name=f"vhost connector {self.controller}")
+            return
         self._listener.open(passed.borrow(self._listener.path))
         self._accept()
 
@@ -119,6 +127,11 @@ class ControllerServer:
         self._listener.close()
         if self.session is not None and self._running is not None:
             self.session.stop(reason)
+            await asyncio.wait([self._running])
+
+    async def _connected(self, connection: socket.socket) -> None:
+        await self._accepted(connection)
+        if self._running is not None:
             await asyncio.wait([self._running])
 
     async def _accepted(self, connection: socket.socket) -> None:
@@ -250,12 +263,13 @@ class VhostSubsystem(Subsystem):
         readonly: bool = False,
         num_queues: int = 16,
         packed_ring: bool = False,
+        client: bool = False,
         transport: str = TRANSPORT,
     ) -> VhostBlkController:
-        """Export ``bdev`` on the socket ``name`` (relative: in the vhost directory). ``cpumask``: "0x3" or "[0,1]"; default all reactors."""
+        """Export ``bdev`` on the socket ``name`` (relative: in the vhost directory). ``cpumask``: "0x3" or "[0,1]"; default all reactors.
+        ``client``: the front end listens there, and is connected to whenever it does."""
         stack = self.stack
-        if transport.lower() != TRANSPORT:
-            raise InvalidArgument(f"transport {transport!r:.64} is unknown, the only one is {TRANSPORT!r}")
+        self.transport(transport)
         key = self._key(name)
         if not key or not key.isprintable():
             raise InvalidArgument(f"controller name {name!r:.64} is empty or holds what cannot be printed")
@@ -263,7 +277,7 @@ class VhostSubsystem(Subsystem):
         if key in self._controllers or key in self._busy_names:
             raise AlreadyExists(f"a vhost controller is already named {key!r:.256}")
         path = os.path.join(stack.vhost_dir, key)
-        controller = VhostBlkController(key, stack.bdevs.info(bdev).name, path, lcores, readonly, packed_ring, num_queues, self)
+        controller = VhostBlkController(key, stack.bdevs.info(bdev).name, path, lcores, readonly, packed_ring, num_queues, client, self)
         self._busy_names.add(key)
         try:
             await self._bring_up(controller)
@@ -290,8 +304,8 @@ class VhostSubsystem(Subsystem):
             bridge.call(engine.vhost_blk_delete(name))
 
         await bridge.call(token, unclaimed=undo)
-        server = ControllerServer(bridge, name, controller.socket)
         try:
+            server = ControllerServer(bridge, name, controller.socket, client=controller.client)
             server.start(self.stack.passed_sockets)
         except BaseException:
             await bridge.call(engine.vhost_blk_delete(name))
@@ -309,7 +323,7 @@ class VhostSubsystem(Subsystem):
         return tuple(chosen)
 
     async def export(self, stack: Stack, bdev: str, socket_path: str, **options: Any) -> VhostBlkController:
-        """What `Stack.export` calls. Options: ``cpumask, reactors, readonly, num_queues, packed_ring``."""
+        """What `Stack.export` calls. Options: ``cpumask, reactors, readonly, num_queues, packed_ring, client``."""
         return await self.create(socket_path, bdev, **options)
 
     async def delete(self, name: str, *, force: bool = False, deadline_ms: int = 10_000) -> None:
@@ -330,13 +344,45 @@ class VhostSubsystem(Subsystem):
         finally:
             self._busy_names.discard(name)
 
-    def set_coalescing(self, name: str, delay_base_us: int, iops_threshold: int) -> None:
-        """Remember SPDK's setting; the engine already interrupts once a batch."""
+    # -- changing ---------------------------------------------------------------------------------
+
+    async def set_coalescing(self, name: str, delay_base_us: int, iops_threshold: int) -> None:
+        """Hold interrupts back, the longer the more a queue answers beyond ``iops_threshold`` requests a second; a delay of 0: not at all."""
         controller = self.controller(name)
         if delay_base_us > COALESCING_DELAY_US_MAX:
             raise InvalidArgument(f"delay_base_us is {delay_base_us}, the limit is {COALESCING_DELAY_US_MAX}")
-        if iops_threshold == 0:
-            raise InvalidArgument("iops_threshold is 0, it must be at least 1")
+        if iops_threshold < COALESCING_IOPS_MIN:
+            raise InvalidArgument(f"iops_threshold is {iops_threshold}, it must be at least {COALESCING_IOPS_MIN}")
+        await self._change(self.stack.engine.vhost_blk_set_coalescing, controller.name, delay_base_us, iops_threshold)
         controller.coalescing = Coalescing(delay_base_us, iops_threshold)
-        if delay_base_us:
-            logger.warning("vhost %s: interrupt coalescing is remembered, without effect: interrupts come once a batch", controller.name)
+
+    async def set_reactors(self, name: str, *, cpumask: str | None = None, reactors: Iterable[int] | None = None) -> None:
+        """Move a controller's queues to other reactors, also those of a live session, which goes on there."""
+        controller = self.controller(name)
+        lcores = self._reactors(cpumask, reactors)
+        await self._change(self.stack.engine.vhost_blk_set_reactors, controller.name, lcores)
+        controller.reactors = lcores
+
+    async def _change(self, call: Callable[..., int], *args: Any) -> None:
+        try:
+            token = call(*args)
+        except OSError as error:
+            raise from_engine(error) from error
+        await self.stack.bridge.call(token)
+
+    def connection(self, name: str) -> str | None:
+        """Of a controller that connects: why there is no connection, or None."""
+        connector = self._servers[self.controller(name).name].connector
+        return connector.reason if connector is not None else None
+
+    # -- transports -------------------------------------------------------------------------------
+
+    def transports(self) -> list[str]:
+        """The transports of virtio-blk: vhost-user, which is always there."""
+        return [TRANSPORT]
+
+    def transport(self, name: str) -> str:
+        """By name, in capitals or not; `InvalidArgument`."""
+        if name.lower() not in self.transports():
+            raise InvalidArgument(f"transport {name!r:.64} is unknown, the only one is {TRANSPORT!r}")
+        return name.lower()

@@ -26,7 +26,7 @@ from qpair.app.passed import Passed, PassedRecord
 from qpair.errors import AlreadyExists, Busy, InvalidArgument, from_errno
 from qpair.vhost.transport import wake
 
-__all__ = ["PATH_BYTES_MAX", "Listener"]
+__all__ = ["PATH_BYTES_MAX", "Listener", "check_path"]
 
 PATH_BYTES_MAX = 107
 _BACKLOG = 16
@@ -50,10 +50,7 @@ class Listener:
             self._sock = passed.sock
             self._file = _identity(self.path) if passed.owned else None
             return
-        if not self.path or "\0" in self.path:
-            raise InvalidArgument(f"socket path {self.path!r:.120} is empty or holds a zero byte")
-        if (length := len(os.fsencode(self.path))) > PATH_BYTES_MAX:
-            raise InvalidArgument(f"socket path {self.path!r:.120} is {length} bytes long, the limit is {PATH_BYTES_MAX}")
+        check_path(self.path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._bind(sock)
@@ -121,6 +118,14 @@ class Listener:
             if isinstance(error, Busy | AlreadyExists):
                 raise
             raise from_errno(error.errno or errno.EIO, f"socket path {self.path}: {error.strerror}") from error
+
+
+def check_path(path: str) -> None:
+    """Refuse what cannot be the address of a socket."""
+    if not path or "\0" in path:
+        raise InvalidArgument(f"socket path {path!r:.120} is empty or holds a zero byte")
+    if (length := len(os.fsencode(path))) > PATH_BYTES_MAX:
+        raise InvalidArgument(f"socket path {path!r:.120} is {length} bytes long, the limit is {PATH_BYTES_MAX}")
 
 
 def _remove_stale(path: str) -> None:

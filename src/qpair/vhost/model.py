@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +18,7 @@ TRANSPORT = "vhost_user_blk"
 
 @dataclass(frozen=True, slots=True)
 class Coalescing:
-    """SPDK's interrupt coalescing. Kept and shown, without effect: the engine interrupts once a batch."""
+    """When interrupts are held back, as SPDK has it; a delay of 0: never."""
 
     delay_base_us: int = 0
     iops_threshold: int = 60_000
@@ -37,12 +37,17 @@ class VhostBlkController:
     readonly: bool
     packed_ring: bool
     num_queues: int
+    client: bool
     room: VhostSubsystem
     coalescing: Coalescing = Coalescing()
 
     async def delete(self, *, force: bool = True) -> None:
         """Remove it. With a front end connected: `Busy`, unless ``force`` disconnects it first."""
         await self.room.delete(self.name, force=force)
+
+    async def set_reactors(self, reactors: Iterable[int]) -> None:
+        """Move its queues to these lcores' reactors, under whatever I/O there is."""
+        await self.room.set_reactors(self.name, reactors=reactors)
 
     async def __aenter__(self) -> Self:
         return self
@@ -66,7 +71,11 @@ class VhostBlkController:
         }
         if self.packed_ring:
             params["packed_ring"] = True
-        calls = [{"method": "vhost_create_blk_controller", "params": params}]
+        method = "vhost_create_blk_controller"
+        if self.client:
+            method = "qpair_vhost_create_blk_controller"
+            params |= {"client": True, "num_queues": self.num_queues}
+        calls = [{"method": method, "params": params}]
         if self.coalescing.delay_base_us:
             limits = {"delay_base_us": self.coalescing.delay_base_us, "iops_threshold": self.coalescing.iops_threshold}
             calls.append({"method": "vhost_controller_set_coalescing", "params": {"ctrlr": self.name, **limits}})
@@ -76,7 +85,7 @@ class VhostBlkController:
 def describe(controller: VhostBlkController, info: Mapping[str, Any]) -> dict[str, Any]:
     """One element of vhost_get_controllers. ``info``: the engine's dict of this controller."""
     sessions: Sequence[Mapping[str, Any]] = info["sessions"]
-    return {
+    described = {
         "ctrlr": controller.name,
         "cpumask": f"0x{format_mask(controller.reactors)}",
         "delay_base_us": controller.coalescing.delay_base_us,
@@ -85,6 +94,9 @@ def describe(controller: VhostBlkController, info: Mapping[str, Any]) -> dict[st
         "sessions": [_describe_session(controller.name, index, session) for index, session in enumerate(sessions)],
         "backend_specific": {"block": {"readonly": controller.readonly, "bdev": info["bdev"] or None, "transport": TRANSPORT}},
     }
+    if controller.client:
+        described["qpair"] = {"client": True, "not_connected": controller.room.connection(controller.name)}
+    return described
 
 
 def _describe_session(name: str, index: int, session: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,61 @@ impl Layer {
             slot.users += 1;
             return Ok(*id);
         }
+        let state = if self.held.contains(&device_id) { ChannelState::Paused } else { ChannelState::Open };
+        let id = self.add_slot(reactor, registry, device_id, info, state)?;
+        if let Some(slot) = &mut self.slots[id.0 as usize] {
+            slot.device = Some(device.clone());
+        }
+        let opened = catch_unwind(AssertUnwindSafe(|| device.open(reactor, self, id))).unwrap_or_else(|_| {
+            log::say(Level::Error, "bdev", format_args!("{}: its module panicked while a channel was opened", info.name));
+            self.report_failure(id, "panic", |_| "its module panicked while a channel was opened".to_owned());
+            let source = std::io::Error::other("the module panicked");
+            Err(BdevError::Os { what: format!("opening a channel of bdev {}", info.name), source })
+        });
+        match opened {
+            Ok(channel) => {
+                if let Some(slot) = &mut self.slots[id.0 as usize] {
+                    slot.channel = Some(channel);
+                }
+                self.by_device.insert(device_id, id);
+                self.adopt(id);
+                self.trace_channel(id, Point::ChannelCreate);
+                if let Some(poller) = self.poller(id) {
+                    reactor.install_poller(poller, Box::new(ChannelPoller { layer: self.me.clone(), channel: id }));
+                }
+                Ok(id)
+            }
+            Err(error) => {
+                self.free_slot(reactor, id);
+                Err(error)
+            }
+        }
+    }
+
+    /// A channel to a device that is gone: it refuses all I/O, as one does that was open when its device went.
+    pub(crate) fn open_gone(
+        &mut self,
+        reactor: &mut Reactor,
+        registry: &Arc<Registry>,
+        device_id: DeviceId,
+        info: &Arc<Info>,
+    ) -> Result<ChannelId, BdevError> {
+        let id = self.add_slot(reactor, registry, device_id, info, ChannelState::Closed)?;
+        if let Some(slot) = &mut self.slots[id.0 as usize] {
+            slot.gone = true;
+        }
+        self.trace_channel(id, Point::ChannelCreate);
+        Ok(id)
+    }
+
+    fn add_slot(
+        &mut self,
+        reactor: &mut Reactor,
+        registry: &Arc<Registry>,
+        device_id: DeviceId,
+        info: &Arc<Info>,
+        state: ChannelState,
+    ) -> Result<ChannelId, BdevError> {
         let id = self.vacant_slot();
         let children = self.reserve_children(info)?;
         let helpers = self.reserve_helpers(info)?;
@@ -48,9 +103,9 @@ impl Layer {
             device_id,
             info: info.clone(),
             registry: registry.clone(),
-            device: Some(device.clone()),
+            device: None,
             channel: None,
-            state: if self.held.contains(&device_id) { ChannelState::Paused } else { ChannelState::Open },
+            state,
             users: 1,
             inflight: 0,
             parents: 0,
@@ -75,28 +130,7 @@ impl Layer {
             plugged: false,
             attention: false,
         });
-        let opened = catch_unwind(AssertUnwindSafe(|| device.open(reactor, self, id))).unwrap_or_else(|_| {
-            log::say(Level::Error, "bdev", format_args!("{}: its module panicked while a channel was opened", info.name));
-            self.report_failure(id, "panic", |_| "its module panicked while a channel was opened".to_owned());
-            let source = std::io::Error::other("the module panicked");
-            Err(BdevError::Os { what: format!("opening a channel of bdev {}", info.name), source })
-        });
-        match opened {
-            Ok(channel) => {
-                if let Some(slot) = &mut self.slots[id.0 as usize] {
-                    slot.channel = Some(channel);
-                }
-                self.by_device.insert(device_id, id);
-                self.adopt(id);
-                self.trace_channel(id, Point::ChannelCreate);
-                reactor.install_poller(poller, Box::new(ChannelPoller { layer: self.me.clone(), channel: id }));
-                Ok(id)
-            }
-            Err(error) => {
-                self.free_slot(reactor, id);
-                Err(error)
-            }
-        }
+        Ok(id)
     }
 
     fn vacant_slot(&mut self) -> ChannelId {
