@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, Weak};
 
 use qpair_memory::Mapping;
+use qpair_reactor::Handle;
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{Act, Rng};
-use qpair_vhost::{Answer, Broken, Command, Failure, Source, Target, VhostError};
+use qpair_vhost::{Answer, Broken, Change, Coalescing, Command, Failure, Reply, Source, Target, VhostError};
 use qpair_wire::virtio_blk::RequestType;
 use std::os::fd::OwnedFd;
 
@@ -23,6 +24,8 @@ type Outcome = Arc<Mutex<Option<Result<Answer, VhostError>>>>;
 pub struct Guest {
     pub target: Arc<Target>,
     pub failures: Arc<Mutex<Vec<Failure>>>,
+    /// Where its rings may be moved.
+    pub reactors: Vec<Handle>,
     session: Option<u64>,
     queues: Vec<Queue>,
     memory: Arc<Mapping>,
@@ -68,6 +71,8 @@ enum Step {
     NewInflight,
     Close,
     Mark(usize, bool),
+    /// Not of the front end: an operator changes the controller.
+    Change(Change),
 }
 
 enum Expect {
@@ -102,6 +107,7 @@ impl Guest {
         let mut guest = Self {
             target,
             failures,
+            reactors: Vec::new(),
             session: None,
             queues: Vec::new(),
             memory,
@@ -168,8 +174,8 @@ impl Guest {
     }
 
     /// A device that died is followed by another: the rings go on where the inflight region says.
-    pub fn crashed(&mut self, target: Arc<Target>, failures: Arc<Mutex<Vec<Failure>>>) {
-        (self.target, self.failures, self.session) = (target, failures, None);
+    pub fn crashed(&mut self, target: Arc<Target>, failures: Arc<Mutex<Vec<Failure>>>, reactors: Vec<Handle>) {
+        (self.target, self.failures, self.reactors, self.session) = (target, failures, reactors, None);
         self.call = Event::simulated();
         (self.plan, self.pending) = (VecDeque::new(), None);
         self.old_views.clear();
@@ -312,7 +318,7 @@ impl Guest {
     /// Something out of the ordinary.
     fn decide(&mut self, rng: &mut Rng) {
         let queue = rng.below(self.queues.len() as u64) as usize;
-        match rng.below(9) {
+        match rng.below(11) {
             0 | 1 => {
                 self.plan.push_back(Step::Stop(queue));
                 self.start(queue);
@@ -335,6 +341,17 @@ impl Guest {
             7 => {
                 let features = 1 << 32 | 1 << 30 | 1 << 28 | if self.event_idx { 1 << 29 } else { 0 } | self.kind.feature();
                 self.plan.push_back(Step::Send(Command::SetFeatures(features)));
+            }
+            8 => {
+                let mut reactors = self.reactors.clone();
+                let count = reactors.len() as u64;
+                reactors.rotate_left(rng.below(count) as usize);
+                reactors.truncate(rng.between(1, count) as usize);
+                self.plan.push_back(Step::Change(Change::Reactors(reactors)));
+            }
+            9 => {
+                let coalescing = Coalescing { delay_base_us: rng.below(2) as u32 * 20, iops_threshold: 100 };
+                self.plan.push_back(Step::Change(Change::Coalescing(coalescing)));
             }
             _ => self.lie(queue, rng),
         }
@@ -360,14 +377,8 @@ impl Guest {
         let Some((expect, _)) = self.pending.take() else { return };
         let answer = match outcome {
             Ok(answer) => answer,
-            // A ring that lied, or whose bdev is gone, is refused; nothing else is.
+            // A ring that lied is refused; nothing else is, also if its bdev is gone.
             Err(VhostError::Broken(Broken::Inflight(_))) if self.queues.iter().any(|queue| queue.broken) => Answer::Done,
-            Err(VhostError::NoSuch(_)) | Err(VhostError::Bdev(_)) if self.removed => {
-                // The rings it should have started do not run: nobody answers them any more.
-                self.queues.iter_mut().for_each(|queue| queue.broken = true);
-                self.left = 0;
-                Answer::Done
-            }
             Err(error) => panic!("refused: {error}"),
         };
         match (expect, answer) {
@@ -412,6 +423,10 @@ impl Guest {
                 self.session = None;
             }
             Step::Send(command) => self.send(command, Expect::Done),
+            Step::Change(change) => {
+                let reply = self.expect(Expect::Done);
+                self.target.change("vd", change, reply);
+            }
             Step::Stop(queue) => self.send(Command::GetVringBase { queue: queue as u16 }, Expect::Base(queue)),
             Step::Remap => {
                 let view = guest::view(&self.memory);
@@ -450,16 +465,17 @@ impl Guest {
 
     fn send(&mut self, command: Command, expect: Expect) {
         let Some(session) = self.session else { return };
+        let reply = self.expect(expect);
+        self.target.command(session, command, reply);
+    }
+
+    fn expect(&mut self, expect: Expect) -> Reply {
         let outcome: Outcome = Arc::default();
         let (place, call) = (outcome.clone(), self.call.twin().unwrap());
         self.pending = Some((expect, outcome));
-        self.target.command(
-            session,
-            command,
-            Box::new(move |answer| {
-                *place.lock().unwrap() = Some(answer);
-                call.notify();
-            }),
-        );
+        Box::new(move |answer| {
+            *place.lock().unwrap() = Some(answer);
+            call.notify();
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! Sessions in the simulator: random guests, random schedules, a disk that delays, reorders, fails and vanishes.
 //!
 //! What is checked: each request gets exactly one used entry, or its queue failed or was left; GET_VRING_BASE is what was taken,
-//! and all of it is answered; memory is let go of before the answer that promises it; I/Os, channels and pollers are given
+//! and all of it is answered, also while rings move between reactors; memory is let go of before the answer that promises it; I/Os, channels and pollers are given
 //! back; a successor answers what a killed device left in the inflight region, each once.
 
 #[path = "../guest/mod.rs"]
@@ -119,6 +119,7 @@ fn run(seed: u64, kind: Kind, scenario: &Scenario) -> Total {
     let mut side = serve(&mut world, queues, scenario.manners, &disk);
     let faithful = scenario.manners.fails + scenario.manners.stalls == 0;
     let mut guest = Guest::new(side.target.clone(), side.failures.clone(), &mut rng, kind, queues, 40, faithful);
+    guest.reactors = world.handles();
     guest.stalls = scenario.manners.stalls > 0;
     let guest = Rc::new(RefCell::new(guest));
     act(&mut world, &guest);
@@ -135,7 +136,7 @@ fn run(seed: u64, kind: Kind, scenario: &Scenario) -> Total {
         drop(side);
         world = World::new(seed.wrapping_add(kill + 1), reactors);
         side = serve(&mut world, queues, scenario.manners, &disk);
-        guest.borrow_mut().crashed(side.target.clone(), side.failures.clone());
+        guest.borrow_mut().crashed(side.target.clone(), side.failures.clone(), world.handles());
         act(&mut world, &guest);
     }
     if scenario.resize {
