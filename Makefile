@@ -4,9 +4,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Seconds for each fuzz target; seeds for each simulator test.
+# Seconds for each fuzz target; seeds for each simulator test; how often a server is killed under a guest.
 SECONDS ?= 600
 SEEDS   ?= 1000000
+KILLS   ?= 50
 
 DEPS   := $(VENV)/.stamp-deps
 ENGINE := $(VENV)/.stamp-engine
@@ -65,8 +66,9 @@ bench: ready
 fuzz: $(ENGINE)
 	tools/fuzz.sh $(SECONDS)
 
-## make soak       the simulator's tests with SEEDS seeds (default 1000000)
-soak:
+## make soak       KILLS kills of a server under a guest (default 50), then the simulator's tests with SEEDS seeds (default 1000000)
+soak: ready
+	QPAIR_CRASH_ROUNDS=$(KILLS) $(BIN)/python -m pytest tests/interop/test_crash.py
 	QPAIR_SIM_SEEDS=$(SEEDS) $(SOAK_PROFILE) $(CARGO_TEST) --release --target-dir target/soak
 
 engine: $(ENGINE)

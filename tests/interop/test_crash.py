@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,9 +38,10 @@ def fresh(path: Path, size_bytes: int) -> Path:
     return path
 
 
-def sockets_args(server: QpairServer, *, packed: bool) -> list[str]:
-    """Two disks, each with a connection that is made again."""
-    disks = [vhost_user_blk_args(server.folder / name, name=name, packed=packed, reconnect_ms=100) for name in ("verified", "recorded")]
+def sockets_args(folder: Path, *, packed: bool, listens: bool) -> list[str]:
+    """Two disks, each with a connection that is made again: by the guest's machine, or by the server if the machine ``listens``."""
+    role: dict[str, Any] = {"server": True} if listens else {"reconnect_ms": 100}
+    disks = [vhost_user_blk_args(folder / name, name=name, packed=packed, **role) for name in ("verified", "recorded")]
     return [word for words in disks for word in words]
 
 
@@ -50,9 +52,9 @@ def wait_until(condition: Callable[[], bool], what: str, machine: RunningGuest, 
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize(("packed", "listens"), [(False, False), (True, False), (True, True)], ids=["split", "packed", "packed-listening"])
 def test_a_guest_of_a_server_that_is_killed_sees_no_error_and_loses_and_doubles_no_acknowledged_write(
-    guest: Guest, memory_folder: Path, tmp_path: Path, packed: bool
+    guest: Guest, memory_folder: Path, tmp_path: Path, packed: bool, listens: bool
 ) -> None:
     records = Records(memory_folder / "recorded.img", WRITERS, BLOCKS)
     fresh(records.image, records.image_bytes)
@@ -62,14 +64,17 @@ def test_a_guest_of_a_server_that_is_killed_sees_no_error_and_loses_and_doubles_
     try:
         for name in ("verified", "recorded"):
             server.rpc("bdev_aio_create", name=name, filename=str(memory_folder / f"{name}.img"), block_size=512)
-            server.export_disk(name, name, packed_ring=packed)
+            params = {"ctrlr": name, "dev_name": name, "packed_ring": packed}
+            server.rpc("qpair_vhost_create_blk_controller", **params, client=True) if listens else server.export_disk(
+                name, name, packed_ring=packed
+            )
         config = tmp_path / "config.json"
         config.write_text(server.spdk_rpc("save_config"))
         variables = {"DISK": "vdb", "RECORDS": "vdc", "WRITERS": str(WRITERS), "BLOCKS": str(BLOCKS)}
         with guest.start(
             [JOBS / "crash.sh"],
             files=[JOBS / "records.py"],
-            qemu_args=sockets_args(server, packed=packed),
+            qemu_args=sockets_args(tmp_path, packed=packed, listens=listens),
             variables=variables,
             timeout_s=120 + 10 * ROUNDS,
         ) as machine:

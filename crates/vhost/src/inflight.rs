@@ -114,3 +114,21 @@ fn check(num_queues: u16, queue_size: u16) -> Result<(), VhostError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_region_has_room_for_rings_that_are_larger_than_was_said_and_comes_back_so() {
+        for packed in [false, true] {
+            let (made, fd, bytes) = Inflight::create(2, 128, packed).unwrap();
+            assert_eq!((made.queue_size(), bytes), (1024, region_bytes(2, 1024, packed)));
+            assert_eq!(Inflight::adopt(&fd, bytes, 0, 2, 128, packed).unwrap().queue_size(), 1024);
+            // Another server's region has the room that was asked for.
+            let exact = region_bytes(2, 128, packed);
+            assert_eq!(Inflight::adopt(&fd, exact, 0, 2, 128, packed).unwrap().queue_size(), 128);
+            assert_eq!(Inflight::create(1, 4096, packed).unwrap().0.queue_size(), 4096);
+        }
+    }
+}

@@ -15,7 +15,7 @@ use qpair_reactor::driver::Choice;
 use qpair_reactor::event::Event;
 use qpair_reactor::thread::{ReactorThread, spawn};
 use qpair_reactor::{Config, ReactorId};
-use qpair_vhost::{Answer, Broken, Command, Failure, Options, QueueState, Source, Target, VhostError};
+use qpair_vhost::{Answer, Broken, Change, Coalescing, Command, Failure, Options, QueueState, Source, Target, VhostError};
 use qpair_wire::virtio_blk::{RequestType, Segment, SegmentFlags};
 use zerocopy::IntoBytes;
 
@@ -214,6 +214,66 @@ fn a_sleeping_ring_is_kicked_and_one_interrupt_tells_of_a_batch() {
             }
             std::thread::sleep(Duration::from_millis(20));
             assert_eq!(machine.queues[0].2.take(), 1, "one interrupt for ten requests");
+        }
+        machine.close();
+    }
+}
+
+fn change(stack: &Stack, change: Change) {
+    let (send, receive) = mpsc::channel();
+    stack.target.change("vd", change, Box::new(move |answer| send.send(answer).unwrap()));
+    receive.recv_timeout(PATIENCE).expect("an answer").unwrap();
+}
+
+#[test]
+fn a_ring_moves_between_reactors_under_its_requests() {
+    let stack = Stack::new(2, Choice::Auto);
+    stack.export("vd", "small", false, 1);
+    let handles: Vec<_> = stack.reactors.iter().map(|thread| thread.handle().clone()).collect();
+    for (kind, event_idx) in WAYS {
+        let mut machine = Machine::new(&stack, "vd", kind, 1, 64, event_idx, None);
+        for round in 0..60 {
+            for _ in 0..10 {
+                machine.queues[0].0.add(&Ask::new(RequestType::IN, 0, 512)).unwrap();
+            }
+            machine.kick(0);
+            change(&stack, Change::Reactors(vec![handles[round % 2].clone()]));
+            for _ in 0..10 {
+                assert_eq!(machine.reap(0).status, OK);
+            }
+            let info = &stack.target.info(Some("vd")).unwrap()[0];
+            assert_eq!((&info.reactors[..], info.sessions[0].queues[0].lcore), (&[round as u32 % 2][..], round as u32 % 2));
+        }
+        machine.close();
+    }
+    assert!(stack.failures.lock().unwrap().is_empty());
+}
+
+#[test]
+fn interrupts_of_a_busy_ring_are_held_back_and_the_last_one_comes() {
+    let stack = Stack::new(1, Choice::Auto);
+    stack.export("vd", "small", false, 1);
+    for (kind, event_idx) in WAYS {
+        let mut machine = Machine::new(&stack, "vd", kind, 1, 64, event_idx, None);
+        for (delay_base_us, coalesces) in [(0, false), (1000, true)] {
+            change(&stack, Change::Coalescing(Coalescing { delay_base_us, iops_threshold: 1000 }));
+            let interrupts = |stack: &Stack| stack.target.info(Some("vd")).unwrap()[0].sessions[0].queues[0].interrupts;
+            let (before, begun, mut requests) = (interrupts(&stack), Instant::now(), 0);
+            while begun.elapsed() < Duration::from_millis(200) {
+                let _ = machine.queues[0].2.take();
+                machine.queues[0].0.want_interrupts(true);
+                assert_eq!(machine.ask(&Ask::new(RequestType::IN, 0, 512)).status, OK);
+                requests += 1;
+            }
+            let sent = interrupts(&stack) - before;
+            assert_eq!(sent < requests / 4, coalesces, "{kind:?}: {sent} interrupts for {requests} requests");
+            if coalesces {
+                let waited = Instant::now();
+                while machine.queues[0].2.take() == 0 {
+                    assert!(waited.elapsed() < PATIENCE, "the last interrupt never came");
+                    std::thread::yield_now();
+                }
+            }
         }
         machine.close();
     }
