@@ -26,6 +26,7 @@ from typing import Any
 import layers as layer_costs
 import python_bdev
 import servers
+import vhost_scale
 from quiet import Quiet
 
 ROOT = Path(__file__).parent.parent
@@ -339,6 +340,21 @@ def raid(report: Report) -> None:
     layer_costs.raid(report, example, moments().measure)
 
 
+def many_disks(report: Report) -> None:
+    """Ten busy disks among 256."""
+    vhost_scale.many_disks(report, moments().measure)
+
+
+def two_reactors(report: Report) -> None:
+    """One disk on two reactors."""
+    vhost_scale.two_reactors(report, moments().measure)
+
+
+def inflight(report: Report) -> None:
+    """What tracking costs."""
+    vhost_scale.inflight(report, moments().measure, example)
+
+
 FIGURES: dict[str, Callable[[Report], None]] = {
     "yardstick": yardstick,
     "in_process": in_process,
@@ -347,6 +363,9 @@ FIGURES: dict[str, Callable[[Report], None]] = {
     "vhost_malloc": vhost_malloc,
     "vhost_null": vhost_null,
     "packed": packed,
+    "inflight": inflight,
+    "many_disks": many_disks,
+    "two_reactors": two_reactors,
     "depth_one": depth_one,
     "asleep": asleep,
     "idle": idle,

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,12 @@ def rpc(socket: Path, method: str, **params: Any) -> Any:
 
 
 @contextmanager
-def qpair_server(folder: Path, *options: str, core: int | None = None) -> Iterator[Process]:
-    """``qpair serve`` on the server's core (or another)."""
+def qpair_server(folder: Path, *options: str, core: int | Sequence[int] | None = None) -> Iterator[Process]:
+    """``qpair serve`` on the server's core (or others)."""
     socket = folder / "rpc.sock"
     chosen = cores()[0] if core is None else core
-    command = [sys.executable, "-m", "qpair.cli", "serve", "-m", f"[{chosen}]", "-r", str(socket), "-S", str(folder), *options]
+    mask = [chosen] if isinstance(chosen, int) else list(chosen)
+    command = [sys.executable, "-m", "qpair.cli", "serve", "-m", str(mask), "-r", str(socket), "-S", str(folder), *options]
     with _running(command, folder, socket) as process:
         yield process
 
@@ -141,11 +142,31 @@ def storage_daemon(folder: Path, node: str) -> Iterator[Path]:
 
 
 def load(
-    target: str, *, seconds: float = 0.5, depth: int, pattern: str = "randread", size: str = "4KiB", core: int | None = None
+    target: str, *, seconds: float = 0.5, depth: int, pattern: str = "randread", size: str = "4KiB", core: int | str | None = None
 ) -> dict[str, Any]:
-    """``qpair perf TARGET --json`` on the client's core (or another)."""
+    """``qpair perf TARGET --json`` on the client's core (or others: "2,3")."""
+    done = subprocess.run(_load_command(target, seconds, depth, pattern, size, core), stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def loads(targets: Sequence[str], *, seconds: float = 0.5, depth: int, pattern: str = "randread", size: str = "4KiB") -> float:
+    """IOPS of as many clients at once, all on the client's core, together."""
+    commands = [_load_command(target, seconds, depth, pattern, size, None) for target in targets]
+    clients = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
+    outcomes = [(client, client.communicate()[0]) for client in clients]
+    for client, _ in outcomes:
+        if client.returncode != 0:
+            raise RuntimeError(f"a client ended with {client.returncode}")
+    return sum(float(json.loads(text)["iops"]) for _, text in outcomes)
+
+
+def _load_command(target: str, seconds: float, depth: int, pattern: str, size: str, core: int | str | None) -> list[str]:
     chosen = cores()[1] if core is None else core
-    words = [
+    return [
+        sys.executable,
+        "-m",
+        "qpair.cli",
         "perf",
         target,
         "--pattern",
@@ -160,9 +181,6 @@ def load(
         str(chosen),
         "--json",
     ]
-    done = subprocess.run([sys.executable, "-m", "qpair.cli", *words], stdout=subprocess.PIPE, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def image_bench(socket: Path, count: int = 50_000) -> float:

@@ -1,9 +1,11 @@
 //! The target alone: one thread plays the guest and turns the reactor, so that what is counted is the ring's and the layer's work.
 //!
-//! `cargo run --release -p qpair-vhost --example ring -- [null|malloc] [depth] [requests] [cross] [packed]` prints one line of JSON. Under
+//! `cargo run --release -p qpair-vhost --example ring -- [null|malloc] [depth] [requests] [cross] [packed] [inflight]` prints one line of JSON. Under
 //! `valgrind --tool=callgrind`, the difference of two runs with different request counts gives instructions a request.
 //!
 //! With `packed` the ring is a packed one, its chains direct as the split one's are: the driver writes three descriptors for each request.
+//!
+//! With `inflight` the requests are tracked in an inflight region.
 //!
 //! With `cross` the reactor runs on core 0 and the guest on core 1: the round trip as a guest sees it that does nothing but wait.
 
@@ -17,6 +19,7 @@ use qpair_memory::{Mapping, Pages, Region, Shared, SharedIndex};
 use qpair_reactor::driver::{Choice, open};
 use qpair_reactor::{Clock, Config, Handle, Reactor, ReactorId, Turn, thread};
 use qpair_vhost::{Addresses, Command, MemoryRow, Options, Source, Target};
+use qpair_wire::vhost_user::{inflight_packed_queue_bytes, inflight_queue_bytes};
 use qpair_wire::virtio::{Desc, DescFlags, Features, RingLayout, RingSize};
 use qpair_wire::virtio_blk::{RequestHeader, RequestType};
 use qpair_wire::virtio_packed::{PackedSize, Position, turn};
@@ -41,8 +44,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let polling = Config::default();
     let words: Vec<String> = arguments.collect();
-    let [cross, packed] = ["cross", "packed"].map(|word| words.iter().any(|given| given == word));
+    let [cross, packed, tracked] = ["cross", "packed", "inflight"].map(|word| words.iter().any(|given| given == word));
     let mut guest = Guest::new(packed)?;
+    guest.tracked = tracked;
     let each = if cross {
         let server = thread::spawn(ReactorId(0), polling, Choice::Auto, true)?;
         thread::pin_to(1)?;
@@ -54,7 +58,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         guest.connect(&handle, device, || assert!(reactor.turn() != Turn::Stopped))?;
         guest.measure(depth, requests, || assert!(reactor.turn() != Turn::Stopped))
     };
-    println!(r#"{{"module":"{module}","packed":{packed},"depth":{depth},"requests":{requests},"ns_per_request":{each:.1}}}"#);
+    println!(
+        r#"{{"module":"{module}","packed":{packed},"inflight":{tracked},"depth":{depth},"requests":{requests},"ns_per_request":{each:.1}}}"#
+    );
     Ok(())
 }
 
@@ -69,6 +75,7 @@ struct Guest {
     next: u16,
     random: u64,
     packed: Option<Packed>,
+    tracked: bool,
 }
 
 /// A packed ring in the same memory: two words a descriptor, and where its driver writes and reads next.
@@ -146,6 +153,7 @@ impl Guest {
             next: 0,
             random: 0x9E37_79B9_7F4A_7C15,
             packed,
+            tracked: false,
         })
     }
 
@@ -160,14 +168,17 @@ impl Guest {
         let addresses = Addresses { desc: self.layout.desc, avail: self.layout.avail, used: self.layout.used, log: None };
         let mut features = Features::VERSION_1 | Features::RING_EVENT_IDX;
         features.set(Features::RING_PACKED, self.packed.is_some());
+        let inflight = if self.tracked { Some(self.inflight()?) } else { None };
         let commands = [
-            Command::SetFeatures(features.bits()),
-            Command::SetMemTable(vec![row]),
-            Command::SetVringNum { queue: 0, size: QUEUE },
-            Command::SetVringAddr { queue: 0, addresses },
-            Command::SetVringKick { queue: 0, kick: None },
+            Some(Command::SetFeatures(features.bits())),
+            inflight,
+            Some(Command::SetMemTable(vec![row])),
+            Some(Command::SetVringNum { queue: 0, size: QUEUE }),
+            Some(Command::SetVringAddr { queue: 0, addresses }),
+            Some(Command::SetVringKick { queue: 0, kick: None }),
         ];
         let answered = Arc::new(AtomicUsize::new(0));
+        let commands: Vec<_> = commands.into_iter().flatten().collect();
         let asked = commands.len();
         for command in commands {
             let answered = answered.clone();
@@ -181,6 +192,15 @@ impl Guest {
             turn();
         }
         Ok(())
+    }
+
+    /// A new region, as a front end gives it.
+    fn inflight(&self) -> Result<Command, Box<dyn Error>> {
+        let queue_size = QUEUE as u16;
+        let size = if self.packed.is_some() { inflight_packed_queue_bytes(queue_size) } else { inflight_queue_bytes(queue_size) };
+        let mapping = Mapping::memfd("inflight", size as usize)?;
+        let fd = mapping.fd().ok_or("a memfd")?.try_clone_to_owned()?;
+        Ok(Command::SetInflight { fd, size, offset: 0, num_queues: 1, queue_size })
     }
 
     /// Nanoseconds a request.
