@@ -141,3 +141,31 @@ async def test_a_listener_that_accepts_nobody_is_named(recording_stack: Any, tmp
             await recording_stack.vhost.create("vhost.0", "disk0", client=True)
             await eventually(lambda: "its listener accepts nobody" in caplog.text, "the reason")
     os.unlink(tmp_path / "vhost.0")
+
+
+async def test_a_session_that_moves_is_not_connected_to_anew_and_the_next_one_is(
+    recording_stack: Any, recorder: VhostEngine, tmp_path: Path
+) -> None:
+    front_end = FrontEnd(tmp_path / "vhost.0")
+    room = recording_stack.vhost
+    await room.create("vhost.0", "disk0", client=True)
+    peer = await front_end.accept()
+    await peer.agree()
+    [record] = await room.release(5)
+    assert record.listener is None
+    # As in a successor, where the controller is made before the session is there.
+    await room._remove("vhost.0", "as if the process had ended", 5)
+    room.expect([record])
+    await room.create("vhost.0", "disk0", client=True)
+    await asyncio.sleep(0.05)
+    await room.resume([record])
+    room.start_sessions()
+    assert await peer.order(m.SetVringEnable(0, 1)) == 0
+    assert await said(recording_stack) == {"client": True, "not_connected": None}
+    with pytest.raises(TimeoutError):
+        await front_end.accept(0.1)
+    peer.close()
+    again = await front_end.accept()
+    await again.agree()
+    again.close()
+    front_end.close()

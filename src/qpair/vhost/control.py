@@ -59,13 +59,12 @@ class ControllerServer:
         self._accepting: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
 
-    def start(self, passed: PassedSockets) -> None:
-        """Listen, on one of ``passed`` if it has the path, or begin to connect; the errors are those of `Listener.open`."""
-        if self.connector is not None:
-            self._accepting = asyncio.create_task(self.connector.run(self._connected), name=f"vhost connector {self.controller}")
-            return
-        self._listener.open(passed.borrow(self._listener.path))
-        self._accept()
+    def start(self, passed: PassedSockets, *, resumes: bool = False) -> None:
+        """Listen, on one of ``passed`` if it has the path, or begin to connect; the errors are those of `Listener.open`. ``resumes``: not before `resume`."""
+        if self.connector is None:
+            self._listener.open(passed.borrow(self._listener.path))
+        if not resumes:
+            self._accept()
 
     @property
     def connected(self) -> bool:
@@ -94,20 +93,19 @@ class ControllerServer:
 
     async def resume(self, record: ControllerRecord) -> None:
         """Take what `release` gave, of another process or of this: the session has all of it back, but its rings do not run before `Session.start`."""
-        if self._listener.closed:
+        if record.listener is not None and self._listener.closed:
             sockets = PassedSockets()
-            if record.listener is not None:
-                sockets.inherit(record.listener)
-            self.start(sockets)
-        if (released := record.session) is None:
-            return
-        from qpair.vhost.session import Session
+            sockets.inherit(record.listener)
+            self.start(sockets, resumes=True)
+        if (released := record.session) is not None:
+            from qpair.vhost.session import Session
 
-        known = released.record
-        channel = Channel(socket.socket(fileno=released.connection.take()), known.unread, known.unread_fds)
-        self.session = Session(self._bridge, self.controller, channel, lines=self._lines, record=known)
-        self._running = asyncio.create_task(self.session.run(), name=f"vhost session {self.controller}")
-        await self.session.restored
+            known = released.record
+            channel = Channel(socket.socket(fileno=released.connection.take()), known.unread, known.unread_fds)
+            self.session = Session(self._bridge, self.controller, channel, lines=self._lines, record=known)
+            self._running = asyncio.create_task(self.session.run(), name=f"vhost session {self.controller}")
+            await self.session.restored
+        self._accept()
 
     def disown(self) -> None:
         """The socket's file is somebody else's."""
@@ -119,7 +117,16 @@ class ControllerServer:
             await asyncio.wait([self._accepting])
 
     def _accept(self) -> None:
-        self._accepting = asyncio.create_task(self._listener.run(self._accepted), name=f"vhost listener {self.controller}")
+        self._accepting = asyncio.create_task(self._front_ends(), name=f"vhost front ends of {self.controller}")
+
+    async def _front_ends(self) -> None:
+        if self.connector is None:
+            await self._listener.run(self._accepted)
+            return
+        if self._running is not None:
+            self.connector.reason = None
+            await asyncio.wait([self._running])
+        await self.connector.run(self._connected)
 
     async def stop(self, reason: str) -> None:
         """Accept no more, remove the socket file, end the session, wait for its drain. In this order: who gives up waiting leaves no file."""
@@ -165,6 +172,7 @@ class VhostSubsystem(Subsystem):
         self._controllers: dict[str, VhostBlkController] = {}
         self._servers: dict[str, ControllerServer] = {}
         self._busy_names: set[str] = set()
+        self._resuming: set[str] = set()
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -213,6 +221,11 @@ class VhostSubsystem(Subsystem):
         """Take what `release` gave; sessions stand still until `start_sessions`."""
         known = [record for record in records if record.controller in self._servers]
         await asyncio.gather(*(self._servers[record.controller].resume(record) for record in known))
+        self._resuming.clear()
+
+    def expect(self, records: Iterable[ControllerRecord]) -> None:
+        """Controllers of these names, once made, take no front end before `resume`."""
+        self._resuming = {record.controller for record in records}
 
     def disown(self) -> None:
         """The files of the sockets are somebody else's: leave them when this stops."""
@@ -306,7 +319,7 @@ class VhostSubsystem(Subsystem):
         await bridge.call(token, unclaimed=undo)
         try:
             server = ControllerServer(bridge, name, controller.socket, client=controller.client)
-            server.start(self.stack.passed_sockets)
+            server.start(self.stack.passed_sockets, resumes=name in self._resuming)
         except BaseException:
             await bridge.call(engine.vhost_blk_delete(name))
             raise

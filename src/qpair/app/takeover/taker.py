@@ -124,6 +124,7 @@ async def adopt(stack: Stack, handover: Handover) -> None:
         if controller.listener is not None:
             stack.passed_sockets.inherit(controller.listener)
     stack.inherited_memory = dict(handover.memory)
+    stack.vhost.expect(handover.controllers)
     await load_runtime(stack, parse(msgspec.json.encode(handover.config), source="the configuration taken over"))
     await stack.vhost.resume(handover.controllers)
     if left := list(stack.inherited_memory):
