@@ -63,7 +63,7 @@ mod _engine {
     #[pymodule_export]
     use super::vbdev_modules::{DelayControl, ErrorControl};
     #[pymodule_export]
-    use super::virtio::VirtioMemory;
+    use super::virtio::{VirtioLink, VirtioMemory};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -154,6 +154,7 @@ impl ReadData {
 pub enum Value {
     Nothing,
     Integer(u64),
+    Text(String),
     Read(ReadData),
     Statistics(Vec<(String, Report)>),
     Histogram(Box<Histogram>),
@@ -168,6 +169,7 @@ impl Value {
         Ok(match self {
             Self::Nothing => py.None(),
             Self::Integer(number) => number.into_pyobject(py)?.into_any().unbind(),
+            Self::Text(text) => text.into_pyobject(py)?.into_any().unbind(),
             Self::Read(data) => data.into_python(py)?,
             Self::Perf(report) => crate::perf::report_dict(py, &report)?.into_any().unbind(),
             Self::Inflight(fd, size) => (fd.into_raw_fd(), size, 0).into_pyobject(py)?.into_any().unbind(),

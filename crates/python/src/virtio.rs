@@ -7,11 +7,12 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
+use qpair_bdev::{DeviceId, Registry};
+use qpair_virtio::{Link, QueueSetup, VirtioBlk, VirtioLayout};
 
-use crate::bdev::register;
-use crate::engine::Engine;
-use crate::values::{Failure, Number};
+use crate::engine::{Engine, not_forked};
+use crate::events::{Outbox, Token};
+use crate::values::{Failure, Number, Value};
 use crate::vhost::eventfd;
 
 /// Shared memory (memfd) for rings and data of a virtio-user initiator, laid out by the engine.
@@ -72,10 +73,59 @@ impl Engine {
         config: &[u8],
         memory: &Bound<'_, VirtioMemory>,
         queues: Vec<(Number, Number, Number)>,
-    ) -> PyResult<u64> {
-        let (core, draft) = self.begin()?;
+    ) -> PyResult<VirtioLink> {
+        let core = self.running()?;
         let queues = queues.into_iter().map(queue_setup).collect::<Result<Vec<_>, _>>()?;
-        let device = VirtioBlk::new(name, memory.get().layout.clone(), features.u64("features")?, config, queues);
-        Ok(register(core, draft, Arc::new(device.map_err(Failure::from)?))?)
+        let features = features.u64("features")?;
+        let device = VirtioBlk::new(name, memory.get().layout.clone(), features, config, queues).map_err(Failure::from)?;
+        let link = device.link();
+        let device = core.registry.register(Arc::new(device)).map_err(Failure::from)?;
+        Ok(VirtioLink { pid: std::process::id(), link, features, device, registry: core.registry.clone(), outbox: core.outbox.clone() })
+    }
+}
+
+/// A virtio bdev and its target, as whoever holds the connection sees them.
+#[pyclass(frozen, module = "qpair._engine")]
+pub struct VirtioLink {
+    pid: u32,
+    link: Link,
+    features: u64,
+    device: DeviceId,
+    registry: Arc<Registry>,
+    outbox: Arc<Outbox>,
+}
+
+impl VirtioLink {
+    fn token(&self) -> PyResult<(u64, Token)> {
+        not_forked(self.pid)?;
+        let draft = self.outbox.draft()?;
+        Ok((draft.number(), draft.commit()))
+    }
+}
+
+#[pymethods]
+impl VirtioLink {
+    fn broken(&self) -> PyResult<u64> {
+        let (number, token) = self.token()?;
+        self.link.when_broken(move |reason| token.answer(Ok::<_, Failure>(Value::Text(reason))));
+        Ok(number)
+    }
+
+    fn leave(&self) -> PyResult<u64> {
+        let (number, token) = self.token()?;
+        self.link.leave(&self.registry, self.device, token.done());
+        Ok(number)
+    }
+
+    fn rejoin(&self, config: &[u8]) -> PyResult<u64> {
+        let (number, token) = self.token()?;
+        self.link.rejoin(&self.registry, self.device, self.features, config, token.done());
+        Ok(number)
+    }
+
+    fn configure(&self, config: &[u8]) -> PyResult<u64> {
+        let (number, token) = self.token()?;
+        self.link.configure(&self.registry, self.features, config, Box::new(move |outcome| token.answer(outcome.map(Value::Integer))));
+        Ok(number)
     }
 }

@@ -3,17 +3,17 @@
 //! **Each I/O completes exactly once.** The layer calls `submit` once for an I/O, and asserts in `complete` that it has not ended yet; here is
 //! why that assertion never fails, and why `complete` is always called.
 //!
-//! *At most once.* An I/O that is with the target is named by one slot: from `start`, which takes a free slot only, to
-//! `release` or `give_up`, which free it. Only these two complete it, each as it frees the slot; the refusals in `submit` and `start` concern I/Os that no
+//! *At most once.* An I/O that is with the target, or waits for one, is named by one slot: from `hold`, which takes a free slot only, to
+//! `release` or `give_up`, which free it. Only where these two are called it is completed; the refusals in `submit` and `hold` concern I/Os that no
 //! slot names yet. What the target says is a used id, and it is looked up among the slots: one that is free, or is none, is a
 //! violation. So a second answer, or one to what was never asked, ends the device, never an I/O again. (A target that gives
 //! another request's id ends that one too early, with data that are the target's affair: the other's own answer is then the violation.)
 //! Its ids and lengths are read once, into registers, and what it wrote is bounded by what the slot was formatted for.
 //!
 //! *At least once.* A slot in use is freed by its answer; by a violation on this queue, at once, since `finish` is followed by
-//! `give_up`; by a violation on another queue, since `Shared::fail` raises the flag first and then sends every holder of a queue a
-//! wake-up: a `submit` that did not see the flag came before that message, and its I/Os are what the next `poll` finds; or
-//! by the removal of the device, whose deadline asks for an early end (`abort`), also where a reset or a shrinking that waits for quiet stands in the
+//! `give_up`; by a violation on another queue, since `Shared::fail` ends the epoch first and then sends every holder of a queue a
+//! wake-up, and whatever slots name by then is what the next `poll` finds; where there may be another target, by that one's answer, to which all that slots name is sent
+//! again (`outage.rs`); or by the removal of the device, whose deadline asks for an early end (`abort`), also where a reset or a shrinking that waits for quiet stands in the
 //! removal's way. Until then a target that says nothing is waited for, in a reset too. A panic in here is the layer's to clean up, and
 //! a reactor's end leaves nobody to be told. No answer is slept through: `arm` asks for an interrupt and looks again (`Ring::listen`), `unplug` wakes the poller, and what a
 //! full ring has no slot for waits in the layer, which asks again when `complete` has made room.
@@ -38,6 +38,7 @@ use qpair_wire::virtio_blk::{BlkStatus, RequestHeader, RequestType, Segment, Seg
 use crate::BdevError;
 use crate::chain::{Chains, Shape};
 use crate::device::Shared;
+use crate::link::{Bond, Phase};
 use crate::ring::{Place, Ring};
 
 /// No slot yet.
@@ -45,16 +46,27 @@ const NONE: u16 = u16::MAX;
 
 /// Where a request slot is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+pub(crate) enum Stage {
     Free,
-    /// The last part of its I/O is with the target.
+    /// The last part of its I/O is with the target, or nothing of it, as long as there is none.
     Last,
     /// A flush follows.
     FlushNext,
 }
 
-struct Slot {
-    stage: Stage,
+/// What the ring is to the channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// It is the target's and ours.
+    Running,
+    /// There is no target: slots keep I/Os for the next.
+    Away,
+    /// Requests were given up.
+    Lost,
+}
+
+pub(crate) struct Slot {
+    pub(crate) stage: Stage,
     /// Data goes through the bounce space.
     bounced: bool,
     /// On the free list, where it may also lie while in use.
@@ -63,32 +75,45 @@ struct Slot {
     shape: Shape,
     /// Most bytes that the target may say it wrote.
     capacity: u32,
-    io: IoId,
+    pub(crate) io: IoId,
+    /// When it was submitted, as the channel counts.
+    pub(crate) sequence: u32,
+}
+
+/// A queue that a channel was given.
+pub(crate) struct Seat {
+    pub(crate) poller: PollerId,
+    pub(crate) queue: usize,
+    pub(crate) place: Option<Place>,
+    pub(crate) epoch: u32,
 }
 
 pub(crate) struct VirtioChannel<R: Ring> {
-    shared: Arc<Shared>,
-    id: ChannelId,
-    queue: usize,
-    ring: R,
-    chains: Chains,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) id: ChannelId,
+    pub(crate) queue: usize,
+    pub(crate) ring: R,
+    pub(crate) chains: Chains,
     headers_at: u64,
     bounce_at: u64,
     bounce_bytes: u64,
-    region: Region,
+    pub(crate) region: Region,
     mapping: *const Mapping,
-    slots: Vec<Slot>,
-    free: Vec<u16>,
+    pub(crate) slots: Vec<Slot>,
+    pub(crate) free: Vec<u16>,
     /// The slot each I/O of the reactor had last: there its descriptors stand as it needs them.
     last: Vec<u16>,
-    inflight: u16,
+    pub(crate) inflight: u16,
+    /// Counts what was submitted.
+    pub(crate) sequence: u32,
     /// The slot sent last.
     newest: u16,
-    kick: Event,
+    pub(crate) kick: Event,
     watch: WatchId,
-    waker: LocalWaker,
-    /// Requests were given up.
-    lost: bool,
+    pub(crate) waker: LocalWaker,
+    pub(crate) mode: Mode,
+    /// Of the connection, as last seen: see [`crate::link`].
+    pub(crate) epoch: u32,
 }
 
 impl<R: Ring> VirtioChannel<R> {
@@ -97,9 +122,7 @@ impl<R: Ring> VirtioChannel<R> {
         reactor: &mut Reactor,
         layer: &Layer,
         id: ChannelId,
-        poller: PollerId,
-        queue: usize,
-        place: Option<Place>,
+        Seat { poller, queue, place, epoch }: Seat,
     ) -> Result<Self, BdevError> {
         let (layout, agreed) = (shared.layout.queue(queue), &shared.agreed);
         let size = shared.layout.size();
@@ -125,11 +148,17 @@ impl<R: Ring> VirtioChannel<R> {
             free: (0..chains.slots()).rev().collect(),
             last: vec![NONE; layer.ios().0],
             inflight: 0,
+            sequence: 0,
             newest: 0,
             kick,
             watch,
             waker,
-            lost: false,
+            mode: match Bond::phase(epoch) {
+                Phase::Connected => Mode::Running,
+                Phase::Away => Mode::Away,
+                Phase::Failed => Mode::Lost,
+            },
+            epoch,
             ring,
             chains,
             region,
@@ -137,7 +166,7 @@ impl<R: Ring> VirtioChannel<R> {
         })
     }
 
-    /// The slot that this I/O had last, if it is free; else any. The layer submits no more than there are.
+    /// The slot that this I/O had last, if it is free; else any.
     #[inline]
     fn take_slot(&mut self, id: IoId) -> Option<u16> {
         let last = self.last.get(id.slot()).copied().unwrap_or(NONE);
@@ -159,8 +188,22 @@ impl<R: Ring> VirtioChannel<R> {
         }
     }
 
+    /// Gives an I/O a slot. The layer submits no more than there are.
     #[inline]
-    fn release(&mut self, index: u16) {
+    pub(crate) fn hold(&mut self, layer: &mut Layer, id: IoId) -> Option<u16> {
+        let Some(index) = self.take_slot(id) else {
+            layer.complete(id, Status::INTERNAL_DEVICE_ERROR);
+            return None;
+        };
+        self.sequence = self.sequence.wrapping_add(1);
+        self.inflight += 1;
+        let slot = &mut self.slots[usize::from(index)];
+        (slot.io, slot.sequence, slot.stage) = (id, self.sequence, Stage::Last);
+        Some(index)
+    }
+
+    #[inline]
+    pub(crate) fn release(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
         slot.stage = Stage::Free;
         if !slot.listed {
@@ -170,10 +213,9 @@ impl<R: Ring> VirtioChannel<R> {
         self.inflight -= 1;
     }
 
-    /// Puts one I/O into a slot and the slot into the batch.
+    /// Sends a slot's I/O: the slot goes into the batch.
     #[inline]
-    fn start(&mut self, layer: &mut Layer, id: IoId) {
-        let Some(index) = self.take_slot(id) else { return layer.complete(id, Status::INTERNAL_DEVICE_ERROR) };
+    pub(crate) fn start(&mut self, layer: &mut Layer, index: u16, id: IoId) {
         let io = layer.io(id);
         let sector = io.lba * self.shared.agreed.sectors;
         let (kind, sector, shape, bounced) = match io.op {
@@ -188,8 +230,6 @@ impl<R: Ring> VirtioChannel<R> {
         if bounced && io.op == Op::Write {
             let at = self.bounce_of(index);
             if copy_list(&io.list, &self.region, at, self.bounce_bytes, false).is_err() {
-                self.slots[usize::from(index)].stage = Stage::Last;
-                self.inflight += 1;
                 self.release(index);
                 return layer.complete(id, Status::DATA_TRANSFER_ERROR);
             }
@@ -198,10 +238,8 @@ impl<R: Ring> VirtioChannel<R> {
         let durable = changes && io.flags.contains(IoFlags::FUA) && self.shared.agreed.flush;
         self.send(index, RequestHeader::new(kind, sector), &shape);
         let slot = &mut self.slots[usize::from(index)];
-        slot.io = id;
         slot.bounced = bounced;
         slot.stage = if durable { Stage::FlushNext } else { Stage::Last };
-        self.inflight += 1;
     }
 
     /// Writes what changed of a slot, and adds it to the batch.
@@ -253,7 +291,7 @@ impl<R: Ring> VirtioChannel<R> {
 
     /// Takes one used entry; an error is the target's violation.
     #[inline]
-    fn finish(&mut self, layer: &mut Layer) -> Result<(), String> {
+    pub(crate) fn finish(&mut self, layer: &mut Layer) -> Result<(), String> {
         let (head, written) = self.ring.next_used();
         let index = self.chains.slot(head).ok_or_else(|| format!("used id {head} is no request's"))?;
         let slot = &self.slots[usize::from(index)];
@@ -307,16 +345,27 @@ impl<R: Ring> VirtioChannel<R> {
 
     /// Ends all that is under way: the target is not to be believed, or does not answer.
     #[cold]
-    fn give_up(&mut self, layer: &mut Layer, status: Status) {
+    pub(crate) fn give_up(&mut self, layer: &mut Layer, status: Status) {
         for slot in self.slots.iter_mut().filter(|slot| slot.stage != Stage::Free) {
             slot.stage = Stage::Free;
             layer.complete(slot.io, status);
         }
-        self.lost = true;
+        self.mode = Mode::Lost;
         self.inflight = 0;
         self.ring.forget();
         // None of these slots goes out again: see `submit`.
         self.free.clear();
+    }
+
+    /// The target is not to be believed: it loses the connection, or what it has is given up.
+    #[cold]
+    fn distrust(&mut self, layer: &mut Layer, reason: &str) {
+        let queue = self.queue;
+        let outcome = self.shared.bond.consequence();
+        layer.report_failure(self.id, "target", |_| format!("queue {queue}: {reason}; {outcome}"));
+        self.shared.fail(self.epoch, queue, reason);
+        self.turn_away();
+        self.follow(layer);
     }
 
     #[inline]
@@ -329,21 +378,28 @@ impl<R: Ring> VirtioChannel<R> {
 
 impl Slot {
     fn new() -> Self {
-        Self { stage: Stage::Free, bounced: false, listed: true, shape: Shape::default(), capacity: 1, io: IoId::default() }
+        let (shape, io) = (Shape::default(), IoId::default());
+        Self { stage: Stage::Free, bounced: false, listed: true, shape, capacity: 1, io, sequence: 0 }
+    }
+
+    /// Its descriptors are as they were in the beginning.
+    pub(crate) fn forget_shape(&mut self) {
+        (self.shape, self.capacity) = (Shape::default(), 1);
     }
 }
 
 impl<R: Ring> Channel for VirtioChannel<R> {
     fn submit(&mut self, layer: &mut Layer, _: &mut Reactor, batch: &[IoId]) {
-        if self.lost || self.shared.is_failed() {
-            batch.iter().for_each(|id| layer.complete(*id, Status::INTERNAL_DEVICE_ERROR));
-            return;
+        if self.mode != Mode::Running {
+            return self.put_off(layer, batch);
         }
         if batch.len() == 1 {
             self.ring.prefetch_publish();
         }
         for id in batch {
-            self.start(layer, *id);
+            if let Some(index) = self.hold(layer, *id) {
+                self.start(layer, index, *id);
+            }
         }
     }
 
@@ -353,13 +409,11 @@ impl<R: Ring> Channel for VirtioChannel<R> {
     }
 
     fn poll(&mut self, layer: &mut Layer, _: &mut Reactor) -> usize {
-        if self.shared.is_failed() {
-            let count = usize::from(self.inflight);
-            self.give_up(layer, Status::INTERNAL_DEVICE_ERROR);
-            return count;
+        if self.shared.bond.epoch() != self.epoch {
+            return self.follow(layer);
         }
         let count = self.ring.waiting();
-        if count == 0 || self.lost {
+        if count == 0 || self.mode != Mode::Running {
             return 0;
         }
         if count == 1 {
@@ -383,34 +437,32 @@ impl<R: Ring> Channel for VirtioChannel<R> {
                 self.ring.stay_silent();
                 self.ring_out();
             }
-            Err(reason) => {
-                let queue = self.queue;
-                layer.report_failure(self.id, "target", |_| format!("queue {queue}: {reason}; the device fails all I/O from now on"));
-                self.shared.fail(queue, &reason);
-                self.give_up(layer, Status::INTERNAL_DEVICE_ERROR);
-            }
+            Err(reason) => self.distrust(layer, &reason),
         }
         usize::from(count)
     }
 
     fn arm(&mut self, _: &mut Reactor) -> bool {
-        self.lost || self.ring.listen()
+        self.mode != Mode::Running || self.ring.listen()
     }
 
     fn disarm(&mut self, _: &mut Reactor) {
         self.ring.silence();
     }
 
-    /// A request cannot be called back. Only where the device is going all are given up: when the removal's deadline has passed, or a front
+    /// A request cannot be called back from a target. Only where the device is going all are given up: when the removal's deadline has passed, or a front
     /// end that cannot wait for that asks before.
-    fn abort(&mut self, layer: &mut Layer, _: &mut Reactor, _: IoId) {
+    fn abort(&mut self, layer: &mut Layer, _: &mut Reactor, id: IoId) {
         if layer.is_closed(self.id) {
             self.give_up(layer, Status::ABORT_REQUESTED);
+        } else if self.mode == Mode::Away {
+            self.call_back(layer, id);
         }
     }
 
     fn close(&mut self, _: &mut Layer, reactor: &mut Reactor) {
         reactor.unwatch(self.watch);
-        self.shared.return_queue(self.queue, Some(self.ring.place()), self.lost);
+        let place = (self.mode == Mode::Running).then(|| self.ring.place());
+        self.shared.return_queue(self.queue, self.epoch, place, self.mode == Mode::Lost);
     }
 }

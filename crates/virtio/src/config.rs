@@ -65,6 +65,34 @@ pub(crate) fn agree(
     Ok(Agreed { event_idx: ring.contains(Features::RING_EVENT_IDX), indirect, packed, flush, sectors, pieces, info })
 }
 
+impl Agreed {
+    /// Whether a device that was made for this can go on with `other`: all but the size has to do for what is under way, and for what the layer splits by the first limits.
+    pub(crate) fn admit(&self, other: &Self) -> Result<(), BdevError> {
+        let ring = |agreed: &Self| (agreed.event_idx, agreed.indirect, agreed.packed, agreed.flush);
+        if ring(self) != ring(other) {
+            let show = |agreed: &Self| format!("event index, indirect, packed, flush {:?}", ring(agreed));
+            return Err(BdevError::invalid("features", show(other), show(self)));
+        }
+        let (before, now) = (&self.info, &other.info);
+        if before.block_size != now.block_size {
+            return Err(BdevError::invalid("config.blk_size", now.block_size, format!("{} as before", before.block_size)));
+        }
+        if before.readonly != now.readonly {
+            return Err(BdevError::invalid("read-only", now.readonly, format!("{} as before", before.readonly)));
+        }
+        if now.write_cache && !before.write_cache {
+            return Err(BdevError::invalid("config.writeback", 1, "0 as before: durable writes were not flushed"));
+        }
+        let at_least = |field: &'static str, was: u32, is: u32| match is {
+            is if is < was => Err(BdevError::invalid(field, is, format!("at least {was} as before"))),
+            _ => Ok(()),
+        };
+        at_least("config.size_max in blocks", before.max_io_blocks, now.max_io_blocks)?;
+        at_least("config.max_discard_sectors, max_write_zeroes_sectors in blocks", before.max_unmap_blocks, now.max_unmap_blocks)?;
+        at_least("config.seg_max", self.pieces as u32, other.pieces as u32)
+    }
+}
+
 /// Old targets send less than 60 bytes: what is missing reads as zero, which no feature bit announces.
 fn parse(bytes: &[u8]) -> Result<Config, BdevError> {
     const CAPACITY: usize = 8;

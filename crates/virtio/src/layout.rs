@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use qpair_bdev::Buffer;
-use qpair_memory::Mapping;
+use qpair_memory::{Mapping, Region};
 use qpair_wire::virtio::RingSize;
 
 use crate::BdevError;
@@ -127,6 +127,12 @@ impl VirtioLayout {
 
     pub(crate) fn queue(&self, queue: usize) -> QueueLayout {
         self.queues[queue]
+    }
+
+    /// Makes all rings as they were in the beginning. Nobody may use them.
+    pub(crate) fn wipe_rings(&self) -> Result<(), BdevError> {
+        let region = Region::new(self.mapping.clone());
+        self.queues.iter().try_for_each(|queue| region.fill(queue.desc, queue.tables - queue.desc, 0).map_err(BdevError::from))
     }
 
     /// Lends `bytes` of the memory behind the queues, if so much is free in one piece.

@@ -17,11 +17,11 @@
 //! [`qpair_reactor::doorbell`]).
 //!
 //! Errors. [`qpair_bdev::BdevError`] from control. A target that breaks the ring's rules (a used index that jumps, an
-//! entry that names no request, a length beyond the request's buffers) fails the device by a logged name: all that was in
-//! flight ends with an error, once, and further I/O is refused. A target that says nothing is waited for, until the
-//! device is unregistered and the deadline has passed.
+//! entry that names no request, a length beyond the request's buffers) loses its connection by a logged name. Who can connect again has a [`Link`]:
+//! then I/O waits, and goes to the next target; without one all that was in flight ends with an error, once, and further I/O is refused. A target that says nothing
+//! is waited for, until its connection ends, or the device is unregistered and the deadline has passed. What a target had when it went: [`link`](Link).
 //!
-//! Not implemented: in-order use, GET_ID, secure erase, zones, changes of the target's size.
+//! Not implemented: in-order use, GET_ID, secure erase, zones.
 //!
 //! Limits: one reactor a queue; rings of 4 to 32768 entries; I/Os as large as the bounce space, larger ones are split.
 
@@ -32,11 +32,14 @@ mod channel;
 mod config;
 mod device;
 mod layout;
+mod link;
+mod outage;
 mod packed;
 mod ring;
 mod split;
 
 pub use device::{QueueSetup, VirtioBlk};
+pub use link::Link;
 pub use layout::{MAX_IO_BYTES, QueueAddresses, VirtioLayout};
 
 pub(crate) use qpair_bdev::BdevError;

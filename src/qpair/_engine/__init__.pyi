@@ -33,6 +33,7 @@ __all__ = [
     "PythonWorkerLink",
     "Reply",
     "SessionEvent",
+    "VirtioLink",
     "VirtioMemory",
     "__version__",
 ]
@@ -228,7 +229,7 @@ class Engine:
         config: bytes,
         memory: VirtioMemory,
         queues: Sequence[tuple[int, int, int]],
-    ) -> int:
+    ) -> VirtioLink:
         """The driver's side of virtio-blk rings that `VirtioMemory` laid out. ``queues``: (size, kick fd, call fd); fds are duplicated."""
 
     def bdev_passthru_create(self, name: str, base: str, *, uuid: str | None = None) -> int:
@@ -594,6 +595,24 @@ class ErrorControl:
 
     def resume(self) -> int:
         """Keeps nothing more, and lets go on what was kept. Reply: None."""
+
+@final
+class VirtioLink:
+    """By this a virtio bdev is told that its target went, and that there is another. Its I/O waits in between."""
+
+    def broken(self) -> int:
+        """Answered when the target breaks a rule of the rings, by what it was: no I/O goes to it any more, the connection is to be closed. To be asked anew before
+        each `rejoin`; what was asked before is cancelled. Reply: str."""
+
+    def leave(self) -> int:
+        """The connection is over. Reply: None, when no reactor uses the rings; they can be shown to another target then."""
+
+    def rejoin(self, config: bytes) -> int:
+        """Another target has memory and rings, with the features that were agreed on first: what waits goes to it, in order. Only after `leave` was answered.
+        Reply: None. ``EINVAL``: a configuration that what is under way cannot live with; the bdev waits on."""
+
+    def configure(self, config: bytes) -> int:
+        """The target's configuration may have changed: the bdev gets its size. Reply: the size in blocks. ``EINVAL``: something else changed, too."""
 
 @final
 class VirtioMemory:
