@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from doubles.engine import Engine, EngineError, SessionEvent
+from doubles.engine import BdevEvent, Engine, EngineError, SessionEvent
 
 FEATURES = 0x5_3000_7244
 
@@ -65,6 +65,7 @@ class VhostEngine(Engine):
         self.refusals: dict[str, EngineError] = {}
         self.waiting: list[tuple[str, int, Any]] = []
         self.virtio: list[dict[str, Any]] = []
+        self.links: dict[str, VirtioLink] = {}
         self.config = bytes.fromhex("0000020000000000 00000000 7e000000 00000000 00020000").ljust(32, b"\0") + b"\1\0\4\0" + bytes(24)
 
     def names(self) -> list[str]:
@@ -208,9 +209,42 @@ class VhostEngine(Engine):
         return self.finish("vhost_reset_device", session=session)
 
     # the initiator's side
-    def bdev_virtio_create(self, name: str, *, features: int, config: bytes, memory: Any, queues: Sequence[tuple[int, int, int]]) -> int:
+    def bdev_virtio_create(
+        self, name: str, *, features: int, config: bytes, memory: Any, queues: Sequence[tuple[int, int, int]]
+    ) -> VirtioLink:
         capacity = int.from_bytes(config[:8], "little")
         self.bdev_null_create(name, num_blocks=capacity, block_size=512)
         self.disks[name].module = "virtio"
         self.virtio.append({"name": name, "features": features, "config": config, "sizes": [queue[0] for queue in queues]})
-        return self.finish("bdev_virtio_create", args=(name,), fds=[fd for queue in queues for fd in queue[1:]])
+        self.finish("bdev_virtio_create", args=(name,), fds=[fd for queue in queues for fd in queue[1:]])
+        self.links[name] = VirtioLink(self, name)
+        return self.links[name]
+
+
+class VirtioLink:
+    """As `qpair._engine.VirtioLink`; `break_rule` is what a target does."""
+
+    def __init__(self, engine: VhostEngine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+        self.asked = 0
+
+    def broken(self) -> int:
+        self.asked = self.engine.token()
+        return self.asked
+
+    def break_rule(self, reason: str) -> None:
+        self.engine.reply(self.asked, reason)
+
+    def leave(self) -> int:
+        return self.engine.finish("leave", args=(self.name,))
+
+    def rejoin(self, config: bytes) -> int:
+        return self.engine.finish("rejoin", args=(self.name, config))
+
+    def configure(self, config: bytes) -> int:
+        blocks = int.from_bytes(config[:8], "little")
+        if blocks != self.engine.disks[self.name].num_blocks:
+            self.engine.disks[self.name].num_blocks = blocks
+            self.engine.push(BdevEvent("resized", self.name))
+        return self.engine.finish("configure", blocks, args=(self.name, config))

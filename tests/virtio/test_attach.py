@@ -88,7 +88,10 @@ async def test_detaching_removes_the_bdev_then_stops_the_rings_then_leaves(
         await recording_stack.virtio.detach("remote0")
 
 
-async def test_a_target_that_goes_takes_its_bdev_with_it(recording_stack: Any, controller: Any, recorder: VhostEngine) -> None:
+async def test_a_target_that_goes_takes_its_bdev_with_it_where_nobody_waits(
+    recording_stack: Any, controller: Any, recorder: VhostEngine
+) -> None:
+    recording_stack.virtio.set_options(loss_timeout_s=0)
     await recording_stack.virtio.attach("remote0", controller.socket)
     await controller.delete(force=True)
     await eventually(lambda: "remote0" not in recorder.disks, "the bdev is unregistered")
@@ -267,13 +270,14 @@ async def test_an_engine_that_refuses_the_device_leaves_nothing_behind(
     await eventually(lambda: count_fds() == before, "all descriptors are closed")
 
 
-async def test_a_target_that_goes_while_idle_takes_its_bdev_with_it(
+async def test_a_target_that_goes_while_idle_takes_its_bdev_with_it_where_nobody_waits(
     recording_stack: Any, target: Target, recorder: VhostEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
+    recording_stack.virtio.set_options(loss_timeout_s=0)
     await recording_stack.virtio.attach("remote0", target.path)
     target.connections[0].sock.shutdown(socket.SHUT_RDWR)
     await eventually(lambda: "remote0" not in recorder.disks, "the bdev is unregistered")
-    assert f"virtio remote0: target {target.path}: closed the connection; its bdev is removed" in caplog.text
+    assert f"virtio remote0: target {target.path}: closed the connection; the bdev is removed" in caplog.text
     await recording_stack.virtio.attach("remote0", target.path)
     assert [made.name for made in recording_stack.virtio.controllers()] == ["remote0"]
 
@@ -281,10 +285,11 @@ async def test_a_target_that_goes_while_idle_takes_its_bdev_with_it(
 async def test_an_answer_that_nobody_asked_for_ends_the_connection(
     recording_stack: Any, target: Target, recorder: VhostEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
+    recording_stack.virtio.set_options(loss_timeout_s=0)
     await recording_stack.virtio.attach("remote0", target.path)
     target.connections[0].send_raw(m.encode(m.Ack(Request.SET_OWNER, 0)))
     await eventually(lambda: "remote0" not in recorder.disks, "the bdev is unregistered")
-    assert "SET_OWNER: message is an answer, must be awaited by a request; its bdev is removed" in caplog.text
+    assert "SET_OWNER: message is an answer, must be awaited by a request; the bdev is removed" in caplog.text
 
 
 async def test_a_cancelled_attempt_leaves_nothing_behind(recording_stack: Any, target: Target, count_fds: Callable[[], set[str]]) -> None:

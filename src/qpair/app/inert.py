@@ -86,6 +86,7 @@ INERT: tuple[tuple[str, str, str, str], ...] = (
         ),
     ),
     ("bdev", "bdev_nvme_set_hotplug", "r", "enable:b! period_us:u64"),
+    ("bdev", "bdev_virtio_blk_set_hotplug", "r", "enable:b! period_us:u64"),
     ("fsdev", "fsdev_set_opts", "r", "fsdev_io_pool_size:u32! fsdev_io_cache_size:u32!"),
     (
         "nvmf",

@@ -2,15 +2,16 @@
 
 The vhost-user protocol, version 1, as QEMU's documentation states it (docs/interop/vhost-user); Virtio 1.2, 3.1 (initialisation), 5.2 (block device).
 
-How it works: `FrontEnd` is one connection; it sends a message and, where one is due, waits for the answer, one at a time. `attach` is
-the handshake: features, protocol features, number of queues, configuration, memory, queues. Every message that the target can acknowledge
+How it works: `FrontEnd` is one connection; it sends a message and, where one is due, waits for the answer, one at a time. `negotiate` and `attach_queues` are
+the handshake: features, protocol features, number of queues, configuration, memory, queues; with a successor of a target, the same features have to come out
+again. Every message that the target can acknowledge
 is acknowledged before the next; where it cannot (no REPLY_ACK), a question at the end makes sure that all were processed.
 
 Errors: `TargetGone` (it closed the connection), `TargetBrokeProtocol`, `TargetRefused` (it answered no), `Unsupported` (it lacks a
 feature without which nothing works), `TimedOut`; a path that cannot be connected to is `NoSuchFile` or what the system says.
 After an error the connection is closed.
 
-Not implemented: reconnecting, legacy devices (without VERSION_1), targets without configuration messages.
+Not implemented: the inflight region (why not: crates/virtio/src/link.rs), legacy devices (without VERSION_1), targets without configuration messages.
 
 Limits: 10 s for each answer by default; 60 bytes of configuration, which is all that QEMU's server gives; one memory region.
 """
@@ -42,6 +43,7 @@ from qpair.vhost.messages import (
     Message,
     ProtocolFeaturesOffer,
     QueueNum,
+    SetBackendReqFd,
     SetFeatures,
     SetMemTable,
     SetOwner,
@@ -57,6 +59,7 @@ from qpair.vhost.messages import (
     encode,
 )
 from qpair.vhost.transport import Channel, Received
+from qpair.virtio.notices import Notices
 
 __all__ = [
     "ANSWER_TIMEOUT_S",
@@ -70,6 +73,7 @@ __all__ = [
     "TargetRefused",
     "attach_queues",
     "negotiate",
+    "read_config",
     "stop_queues",
 ]
 
@@ -103,7 +107,7 @@ WANTED_FEATURES = (
     | VIRTIO_F_VERSION_1
     | VIRTIO_F_RING_PACKED
 )
-WANTED_PROTOCOL_FEATURES = ProtocolFeatures.MQ | ProtocolFeatures.CONFIG | ProtocolFeatures.REPLY_ACK
+WANTED_PROTOCOL_FEATURES = ProtocolFeatures.MQ | ProtocolFeatures.CONFIG | ProtocolFeatures.REPLY_ACK | ProtocolFeatures.BACKEND_REQ
 
 # Of a packed ring: both sides at index 0 in their first lap.
 _PACKED_START = 0x8000_8000
@@ -170,6 +174,9 @@ class FrontEnd:
     def __init__(self, channel: Channel, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.path = path
         self.protocol_features = ProtocolFeatures(0)
+        self.changed = asyncio.Event()
+        """The target said that its configuration is another."""
+        self._notices: Notices | None = None
         self._channel = channel
         self._timeout_s = timeout_s
         self._turn = asyncio.Lock()
@@ -206,7 +213,18 @@ class FrontEnd:
         self._reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
+        if self._notices is not None:
+            await self._notices.close()
         self._channel.close()
+
+    async def hear(self) -> None:
+        """Let the target tell of changes, if it can."""
+        if ProtocolFeatures.BACKEND_REQ not in self.protocol_features:
+            return
+        ours, theirs = socket.socketpair()
+        self._notices = Notices(ours, self.changed.set, lambda error: self._lose(TargetBrokeProtocol(f"target {self.path}: {error}")))
+        with theirs:
+            await self.send(SetBackendReqFd(), (theirs.fileno(),))
 
     def watch(self, on_lost: Callable[[QpairError], None]) -> None:
         """``on_lost(reason)`` is called once when the connection ends by itself; at once if it already has."""
@@ -274,6 +292,8 @@ class FrontEnd:
             self._lose(TargetGone(f"target {self.path}: {error.strerror or error}"))
 
     def _lose(self, reason: QpairError) -> None:
+        if self._lost is not None:
+            return
         self._lost = reason
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(reason)
@@ -281,24 +301,41 @@ class FrontEnd:
             self._on_lost(reason)
 
 
-async def negotiate(front: FrontEnd) -> Device:
-    """Agree on features and read the configuration."""
+async def negotiate(front: FrontEnd, before: Device | None = None) -> Device:
+    """Agree on features and read the configuration. ``before``: what was agreed on with a predecessor, and has to be so again."""
     await front.send(SetOwner())
     offered = (await front.ask(GetFeatures(), Features)).value
     for bit, name in ((VIRTIO_F_VERSION_1, "VERSION_1"), (VHOST_USER_F_PROTOCOL_FEATURES, "PROTOCOL_FEATURES")):
         if not offered & bit:
             raise Unsupported(f"target {front.path}: feature {name} is not among those it offers, {offered:#x}")
+    features = offered & WANTED_FEATURES
+    if before is not None:
+        _check_successor(front.path, before.features, features)
+        features = before.features
     protocol = ProtocolFeatures((await front.ask(GetProtocolFeatures(), ProtocolFeaturesOffer)).value & int(WANTED_PROTOCOL_FEATURES))
     if ProtocolFeatures.CONFIG not in protocol:
         raise Unsupported(f"target {front.path}: protocol feature CONFIG is missing, so its size cannot be asked")
     await front.send(SetProtocolFeatures(int(protocol)))
     front.protocol_features = protocol
-    features = offered & WANTED_FEATURES
+    await front.hear()
     await front.send(SetFeatures(features))
+    config = await read_config(front)
+    return Device(features, config, await _queue_limit(front, features, config))
+
+
+def _check_successor(path: str, before: int, now: int) -> None:
+    if missing := before & ~now:
+        raise Unsupported(f"target {path}: features {missing:#x} are not among those it offers, {now:#x}, and were agreed on before")
+    if now & ~before & VIRTIO_BLK_F_RO:
+        raise Unsupported(f"target {path}: feature RO is among those it offers, and was not before")
+
+
+async def read_config(front: FrontEnd) -> bytes:
+    """The first 60 bytes of the configuration space, as it is now."""
     config = await front.ask(GetConfig.of(CONFIG_BYTES), ConfigReply)
     if config.refused or len(config.data) != CONFIG_BYTES:
         raise TargetRefused(f"target {front.path}: gave {len(config.data)} bytes of configuration, {CONFIG_BYTES} were asked")
-    return Device(features, config.data, await _queue_limit(front, features, config.data))
+    return config.data
 
 
 async def _queue_limit(front: FrontEnd, features: int, config: bytes) -> int:

@@ -1,8 +1,10 @@
 """The virtio controllers of one stack: attaching to targets, detaching, and what happens when a target leaves.
 
-How it works: `VirtioSubsystem.attach` does the handshake of `qpair.virtio.client`, over memory that the engine has laid out, and makes the bdev. The connection stays
-open as long as the bdev lives. When the target closes it, that is an event (`qpair.bdev.events.Failed`) and the bdev is unregistered: what is in flight fails after `LOST_DEADLINE_MS`, nothing hangs. When
-the bdev goes for another reason, the connection is closed.
+How it works: `VirtioSubsystem.attach` makes an `qpair.virtio.attachment.Attachment`: the handshake, over memory that the engine has laid out, and the bdev. The connection stays open as long as the
+bdev lives; when the target closes it, or breaks a rule, that is an event (`qpair.bdev.events.Failed`), I/O waits, and the target is connected to again, for as long as the controller's limit says (for ever, unless
+told). After that the bdev is unregistered: what waits fails, nothing hangs. When the bdev goes for another reason, the connection is closed.
+
+A controller has a queue for each reactor, unless told how many, and never more than the target has. A reactor takes a free queue when it first opens the bdev; one that finds none is refused by name.
 
 Errors: `AlreadyExists`, `NoSuchController`, `InvalidArgument` (number and size of queues), `Unsupported` (transports other than ``user``), and
 those of `qpair.virtio.client`.
@@ -14,43 +16,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qpair.app.subsystems import Subsystem
-from qpair.bdev.events import Failed
 from qpair.errors import AlreadyExists, InvalidArgument, NoSuchController, NoSuchDevice, QpairError, from_engine
-from qpair.vhost.transport import close_all
 from qpair.virtio.model import VirtioController, VirtioModule
 
 if TYPE_CHECKING:
     from qpair._engine import BdevEvent
     from qpair.app.stack import Stack
-    from qpair.virtio.client import Device, FrontEnd, Memory, Queue
+    from qpair.virtio.attachment import Attachment
+    from qpair.virtio.client import Memory
 
 __all__ = ["VirtioSubsystem"]
 
 QUEUES_MAX = 256
 QUEUE_SIZE_MAX = 32768
-LOST_DEADLINE_MS = 100
 
 logger = logging.getLogger("qpair.virtio")
-
-
-@dataclass(slots=True)
-class _Attached:
-    controller: VirtioController
-    front: FrontEnd
-    memory: Any
-    """Kept: the engine's own mapping outlives it, the target's too; its descriptor is wanted until the end of the handshake only."""
 
 
 def _engine_memory(*, num_queues: int, queue_size: int) -> Memory:
     from qpair._engine import VirtioMemory
 
     return VirtioMemory(num_queues=num_queues, queue_size=queue_size)
+
+
+def _checked_limit(loss_timeout_s: float | None) -> float | None:
+    if loss_timeout_s is not None and not (loss_timeout_s >= 0 and math.isfinite(loss_timeout_s)):
+        raise InvalidArgument(f"ctrlr_loss_timeout_sec is {loss_timeout_s:g}, must be -1 (for ever), or at least 0")
+    return loss_timeout_s
 
 
 class VirtioSubsystem(Subsystem):
@@ -61,7 +59,9 @@ class VirtioSubsystem(Subsystem):
 
     def __init__(self, *, memory_factory: Callable[..., Memory] = _engine_memory) -> None:
         self._stack: Stack | None = None
-        self._attached: dict[str, _Attached] = {}
+        self.loss_timeout_s: float | None = None
+        """Of controllers attached from now on: how long I/O waits for a target that left."""
+        self._attached: dict[str, Attachment] = {}
         self._busy_names: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._memory_factory = memory_factory
@@ -100,16 +100,28 @@ class VirtioSubsystem(Subsystem):
         attached = self._attached.get(name)
         return attached.controller if attached is not None else None
 
+    def set_options(self, *, loss_timeout_s: float | None) -> None:
+        """For controllers attached from now on. ``loss_timeout_s``: 0 not at all, None for ever."""
+        self.loss_timeout_s = _checked_limit(loss_timeout_s)
+
     # -- attaching --------------------------------------------------------------------------------
 
     async def attach(
-        self, name: str, path: str | os.PathLike[str], *, num_queues: int = 1, queue_size: int = 512, timeout_s: float = 10.0
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        num_queues: int | None = None,
+        queue_size: int = 512,
+        timeout_s: float = 10.0,
     ) -> VirtioController:
-        """Make the target on socket ``path`` the bdev ``name``. ``num_queues`` is lowered to what the target has. ``timeout_s`` is for each answer."""
+        """Make the target on socket ``path`` the bdev ``name``. ``num_queues``: one a reactor, unless given; lowered to what the target has. ``timeout_s`` is for each
+        answer."""
+        wanted = min(len(self.stack.cores), QUEUES_MAX) if num_queues is None else num_queues
         if not name:
             raise InvalidArgument("name is empty")
-        if not 1 <= num_queues <= QUEUES_MAX:
-            raise InvalidArgument(f"vq_count is {num_queues}, must be from 1 to {QUEUES_MAX}")
+        if not 1 <= wanted <= QUEUES_MAX:
+            raise InvalidArgument(f"vq_count is {wanted}, must be from 1 to {QUEUES_MAX}")
         if not 2 <= queue_size <= QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
             raise InvalidArgument(f"vq_size is {queue_size}, must be a power of two from 2 to {QUEUE_SIZE_MAX}")
         if name in self._attached or name in self._busy_names:
@@ -117,79 +129,29 @@ class VirtioSubsystem(Subsystem):
         self._busy_names.add(name)
         try:
             # Only an attached target needs the codecs: a server without one answers its first RPC sooner.
-            from qpair.virtio.client import FrontEnd
+            from qpair.virtio.attachment import Attachment
 
-            front = await FrontEnd.connect(path, timeout_s=timeout_s)
-            try:
-                attached = await self._hand_over(name, front, num_queues, queue_size)
-            except BaseException:
-                await front.close()
-                raise
+            attachment = Attachment(self.stack, name, os.fspath(path), timeout_s=timeout_s, loss_timeout_s=self.loss_timeout_s)
+            await attachment.begin(wanted, queue_size, self._memory_factory, asked=num_queues is not None)
         finally:
             self._busy_names.discard(name)
-        self._attached[name] = attached
-        front.watch(lambda reason: self._on_lost(name, reason))
-        return attached.controller
-
-    async def _hand_over(self, name: str, front: FrontEnd, wanted: int, queue_size: int) -> _Attached:
-        from qpair.virtio.client import Queue, attach_queues, negotiate
-
-        device = await negotiate(front)
-        count = min(wanted, device.num_queues)
-        if count < wanted:
-            logger.warning("virtio %s: target %s has %d queues, %d were asked", name, front.path, count, wanted)
-        try:
-            memory = self._memory_factory(num_queues=count, queue_size=queue_size)
-        except OSError as error:
-            raise from_engine(error) from error
-        eventfds: list[int] = []
-        try:
-            for _ in range(2 * count):
-                eventfds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            queues = [Queue(queue_size, kick, call) for kick, call in zip(eventfds[::2], eventfds[1::2], strict=True)]
-            await attach_queues(front, memory, queues, device.features)
-            await self._make_bdev(name, device, memory, queues)
-        finally:
-            close_all(eventfds)  # the target and the engine have duplicates
-        return _Attached(VirtioController(name, front.path, count, queue_size), front, memory)
-
-    async def _make_bdev(self, name: str, device: Device, memory: Any, queues: list[Queue]) -> None:
-        engine, bridge = self.stack.engine, self.stack.bridge
-        try:
-            token = engine.bdev_virtio_create(
-                name,
-                features=device.features,
-                config=device.config,
-                memory=memory,
-                queues=[(queue.size, queue.kick, queue.call) for queue in queues],
-            )
-        except OSError as error:
-            raise from_engine(error) from error
-
-        def undo(_: object) -> None:
-            bridge.call(engine.bdev_unregister(name))
-
-        await bridge.call(token, unclaimed=undo)
+        self._attached[name] = attachment
+        attachment.watch(lambda: self._spawn(self._remove_lost(name)))
+        return attachment.controller
 
     # -- detaching --------------------------------------------------------------------------------
 
     async def detach(self, name: str, *, deadline_ms: int = 10_000) -> None:
-        """Unregister the bdev (what is in flight drains first), then leave the target."""
-        attached = self._attached.pop(name, None)
-        if attached is None:
+        """Unregister the bdev (what is in flight drains first, unless there is no target), then leave the target."""
+        attachment = self._attached.pop(name, None)
+        if attachment is None:
             raise NoSuchController(f"no virtio controller is named {name!r:.256}")
         self._busy_names.add(name)
         try:
-            await self._unregister(name, deadline_ms)
-            try:
-                from qpair.virtio.client import stop_queues
-
-                await stop_queues(attached.front, attached.controller.num_queues)
-            except QpairError as error:
-                logger.info("virtio %s: while leaving: %s", name, error)
+            await self._unregister(name, deadline_ms if attachment.is_connected else 0)
         finally:
             self._busy_names.discard(name)
-            await attached.front.close()
+            await attachment.end(polite=True)
 
     async def _unregister(self, name: str, deadline_ms: int) -> None:
         try:
@@ -203,27 +165,21 @@ class VirtioSubsystem(Subsystem):
             if not isinstance(mapped, NoSuchDevice):
                 raise mapped from error
 
-    def _on_lost(self, name: str, reason: QpairError) -> None:
-        logger.error("virtio %s: %s; its bdev is removed", name, reason)
-        if name in self._attached:
-            self.stack.bdevs.events.publish(Failed(bdev=name, reason=f"{reason}; the bdev is removed"))
-        self._spawn(self._remove_lost(name))
-
     async def _remove_lost(self, name: str) -> None:
-        attached = self._attached.pop(name, None)
-        if attached is None:
+        attachment = self._attached.pop(name, None)
+        if attachment is None:
             return
         try:
-            await self._unregister(name, LOST_DEADLINE_MS)
+            await self._unregister(name, 0)
         except QpairError as error:
             logger.error("virtio %s: its bdev was not removed: %s", name, error)
         finally:
-            await attached.front.close()
+            await attachment.end(polite=False)
 
     def _on_bdev(self, event: BdevEvent) -> None:
         """A bdev that somebody else deleted takes its connection with it."""
-        if event.kind == "removed" and (attached := self._attached.pop(event.name, None)) is not None:
-            self._spawn(attached.front.close())
+        if event.kind == "removed" and (attachment := self._attached.pop(event.name, None)) is not None:
+            self._spawn(attachment.end(polite=False))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)

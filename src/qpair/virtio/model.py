@@ -11,17 +11,18 @@ if TYPE_CHECKING:
     from qpair.bdev.model import BdevInfo
     from qpair.virtio.control import VirtioSubsystem
 
-__all__ = ["VirtioController", "VirtioModule"]
+__all__ = ["VirtioController", "VirtioModule", "options"]
 
 
 @dataclass(frozen=True, slots=True)
 class VirtioController:
-    """A virtio-user controller. Its bdev has its name. ``queue_size`` in entries."""
+    """A virtio-user controller. Its bdev has its name. ``queue_size`` in entries; ``loss_timeout_s``: how long I/O waits for a target that left, None: for ever."""
 
     name: str
     socket: str
     num_queues: int
     queue_size: int
+    loss_timeout_s: float | None = None
 
     def config(self) -> ConfigEntry:
         """The call that makes it again."""
@@ -51,5 +52,19 @@ class VirtioModule:
         return {"virtio": {"type": "user", "socket": found.socket}} if found is not None else {}
 
     def config(self, stack: Stack) -> list[ConfigEntry]:
-        """One call a controller."""
-        return [controller.config() for controller in self._room.controllers()]
+        """One call a controller, and one before each that has another limit than the one before."""
+        entries: list[ConfigEntry] = []
+        limit: float | None = None
+        for controller in self._room.controllers():
+            if controller.loss_timeout_s != limit:
+                limit = controller.loss_timeout_s
+                entries.append(options(limit))
+            entries.append(controller.config())
+        if self._room.loss_timeout_s != limit:
+            entries.append(options(self._room.loss_timeout_s))
+        return entries
+
+
+def options(loss_timeout_s: float | None) -> ConfigEntry:
+    """The call that sets what controllers attached later have."""
+    return {"method": "qpair_virtio_set_options", "params": {"ctrlr_loss_timeout_sec": -1 if loss_timeout_s is None else loss_timeout_s}}

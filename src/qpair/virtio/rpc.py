@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-NUM_QUEUES_DEFAULT = 1
 QUEUE_SIZE_DEFAULT = 512
+FOREVER = -1
 
 
 class AttachController(Params):
@@ -34,6 +34,20 @@ class DetachController(Params):
     name: str
 
 
+class SetOptions(Params):
+    """qpair_virtio_set_options."""
+
+    ctrlr_loss_timeout_sec: float = FOREVER
+
+
+@method("qpair_virtio_set_options", params=SetOptions)
+async def qpair_virtio_set_options(stack: Stack, params: SetOptions) -> bool:
+    """How long I/O of controllers attached from now on waits for a target that left: -1 for ever, 0 not at all."""
+    limit = params.ctrlr_loss_timeout_sec
+    stack.virtio.set_options(loss_timeout_s=None if limit == FOREVER else limit)
+    return True
+
+
 @method("bdev_virtio_attach_controller", params=AttachController)
 async def bdev_virtio_attach_controller(stack: Stack, params: AttachController) -> list[str]:
     """Make a vhost-user-blk target a bdev; its name alone is the result."""
@@ -44,7 +58,7 @@ async def bdev_virtio_attach_controller(stack: Stack, params: AttachController) 
     controller = await stack.virtio.attach(
         params.name,
         params.traddr,
-        num_queues=params.vq_count or NUM_QUEUES_DEFAULT,
+        num_queues=params.vq_count or None,
         queue_size=params.vq_size or QUEUE_SIZE_DEFAULT,
     )
     return [controller.name]
