@@ -29,6 +29,8 @@ class Reply:
 class BdevEvent:
     kind: str
     name: str
+    limit: tuple[str, int] | None = None
+    reason: str | None = None
 
 
 @dataclass
@@ -102,6 +104,8 @@ class Engine:
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.queue: deque[Any] = deque()
         self.disks: dict[str, Disk] = {}
+        self.deadlines: dict[str, int] = {}
+        """Of those that were unregistered."""
         self.next = 1
         self.stopped = False
 
@@ -164,6 +168,7 @@ class Engine:
         if disk.claimed_by:
             raise EngineError(errno.EBUSY, f"bdev {name!r} is claimed by {disk.claimed_by}")
         del self.disks[name]
+        self.deadlines[name] = deadline_ms
         self.push(BdevEvent("removing", name))
         self.push(BdevEvent("removed", name))
         self.reply(token)

@@ -27,21 +27,31 @@ class Target:
         self.leave_at: Request | None = None
         self.seen: list[Request] = []
         self.connections: list[Peer] = []
+        self.config = CONFIG
+        self.features = FEATURES | PROTOCOL_FEATURES_BIT
+        self.num_queues = 2
+        self.agreed: list[int] = []
+        self.backend: Peer | None = None
+        """Where it may ask something itself."""
 
     def answer(self, frame: Frame) -> bytes | None:
         request = frame.header.request
         if request in self.answers:
             return self.answers[request]
         own: dict[Request, m.Message] = {
-            Request.GET_FEATURES: m.Features(FEATURES | PROTOCOL_FEATURES_BIT),
+            Request.GET_FEATURES: m.Features(self.features),
             Request.GET_PROTOCOL_FEATURES: m.ProtocolFeaturesOffer(int(self.protocol)),
-            Request.GET_QUEUE_NUM: m.QueueNum(2),
-            Request.GET_CONFIG: m.ConfigReply(0, 60, 0, CONFIG),
+            Request.GET_QUEUE_NUM: m.QueueNum(self.num_queues),
+            Request.GET_CONFIG: m.ConfigReply(0, 60, 0, self.config),
             Request.GET_VRING_BASE: m.VringBase(0, 0),
         }
         if request in own:
             return m.encode(own[request], reply=True)
         return m.encode(m.Ack(request, 0)) if frame.header.needs_reply else None
+
+    def drop(self) -> None:
+        """Close the present connection."""
+        self.connections[-1].sock.shutdown(socket.SHUT_RDWR)
 
     async def serve(self, listener: socket.socket) -> None:
         while True:
@@ -50,8 +60,14 @@ class Target:
             self.connections.append(peer)
             while (frame := await peer.receive(3600)) is not None:
                 for fd in frame.fds:
+                    if frame.header.request is Request.SET_BACKEND_REQ_FD:
+                        if self.backend is not None:
+                            self.backend.close()
+                        self.backend = Peer(socket.socket(fileno=os.dup(fd)))
                     os.close(fd)
                 self.seen.append(frame.header.request)
+                if frame.header.request is Request.SET_FEATURES:
+                    self.agreed.append(int.from_bytes(frame.payload, "little"))
                 if frame.header.request is self.leave_at:
                     break
                 if (data := self.answer(frame)) is not None:
@@ -72,5 +88,5 @@ async def serving(path: str, protocol: ProtocolFeatures) -> AsyncIterator[Target
         finally:
             task.cancel()
             await asyncio.wait([task])
-            for peer in target.connections:
+            for peer in (*target.connections, *filter(None, [target.backend])):
                 peer.close()
