@@ -191,3 +191,17 @@ async def test_a_disk_that_grew_while_its_target_was_away_is_as_large_as_it_is(i
     async with asyncio.timeout(10):
         while initiator.bdevs.handle("remote0").size_bytes != 2 * BLOCK * BLOCKS:
             await asyncio.sleep(0.01)
+
+
+async def test_two_reactors_use_two_queues_and_both_find_the_next_target(initiator: Stack, our_target: OurTarget) -> None:
+    await initiator.virtio.attach("remote0", our_target.socket)
+    run = await initiator.perf("remote0", pattern="randrw", depth=16, verify=True, seconds=3, cores=initiator.cores)
+    await asyncio.sleep(0.5)
+    our_target.kill()
+    await asyncio.to_thread(our_target.start)
+    async with asyncio.timeout(20):
+        result = await run.result()
+    assert result.errors == 0
+    [controller] = our_target.server.rpc("vhost_get_controllers")
+    [session] = controller["sessions"]
+    assert [queue["requests"] > 100 for queue in session["queues"]][:3] == [True, True, False]

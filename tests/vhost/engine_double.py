@@ -239,6 +239,9 @@ class VirtioLink:
     def leave(self) -> int:
         return self.engine.finish("leave", args=(self.name,))
 
+    def wipe(self) -> None:
+        self.engine.calls.append(Call("wipe", 0, (self.name,)))
+
     def rejoin(self, config: bytes) -> int:
         return self.engine.finish("rejoin", args=(self.name, config))
 

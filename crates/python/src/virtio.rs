@@ -117,6 +117,11 @@ impl VirtioLink {
         Ok(number)
     }
 
+    fn wipe(&self) -> PyResult<()> {
+        not_forked(self.pid)?;
+        Ok(self.link.wipe().map_err(Failure::from)?)
+    }
+
     fn rejoin(&self, config: &[u8]) -> PyResult<u64> {
         let (number, token) = self.token()?;
         self.link.rejoin(&self.registry, self.device, self.features, config, token.done());

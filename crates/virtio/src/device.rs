@@ -88,9 +88,11 @@ impl Device for VirtioBlk {
         let (queue, place) = self.shared.take_queue(reactor.handle(), poller, epoch)?;
         let shared = self.shared.clone();
         let opened: Result<Box<dyn Channel>, BdevError> = if shared.agreed.packed {
-            VirtioChannel::<PackedRing>::open(shared, reactor, layer, id, Seat { poller, queue, place, epoch }).map(|channel| Box::new(channel) as _)
+            VirtioChannel::<PackedRing>::open(shared, reactor, layer, id, Seat { poller, queue, place, epoch })
+                .map(|channel| Box::new(channel) as _)
         } else {
-            VirtioChannel::<SplitRing>::open(shared, reactor, layer, id, Seat { poller, queue, place, epoch }).map(|channel| Box::new(channel) as _)
+            VirtioChannel::<SplitRing>::open(shared, reactor, layer, id, Seat { poller, queue, place, epoch })
+                .map(|channel| Box::new(channel) as _)
         };
         opened.inspect_err(|_| self.shared.return_queue(queue, epoch, place, false))
     }

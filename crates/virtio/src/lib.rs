@@ -39,7 +39,7 @@ mod ring;
 mod split;
 
 pub use device::{QueueSetup, VirtioBlk};
-pub use link::Link;
 pub use layout::{MAX_IO_BYTES, QueueAddresses, VirtioLayout};
+pub use link::Link;
 
 pub(crate) use qpair_bdev::BdevError;

@@ -20,8 +20,8 @@
 //! What no driver can mend: a target whose *cache* dies with it loses acknowledged writes that were not flushed, as a disk does at a power cut.
 //!
 //! **The order of things.** An epoch counts: odd while there is a connection, even between two. Whoever wants it changed stores it and then has every channel polled on its
-//! reactor; a channel compares it with its own at each poll, and follows. [`Link::leave`] answers when all have: no reactor touches the rings then, and they are
-//! wiped. Only then are they shown to the next target, and only after that does [`Link::rejoin`] make the epoch odd again. A channel that is opened meanwhile reads the epoch on
+//! reactor; a channel compares it with its own at each poll, and follows. [`Link::leave`] answers when all have: no reactor touches the rings then. They are
+//! wiped ([`Link::wipe`]) once the next target has begun to talk, so that the old one does not see it, and only then shown; only after that does [`Link::rejoin`] make the epoch odd again. A channel that is opened meanwhile reads the epoch on
 //! its own reactor: before that reactor's message, which then finds the channel, or after it, which finds the epoch changed. A channel that meets a broken rule makes the epoch even itself
 //! and wakes the others; `leave` comes all the same before anything is shown anew.
 //!
@@ -56,12 +56,14 @@ type Broken = Box<dyn FnOnce(String) + Send>;
 pub(crate) struct Bond {
     epoch: AtomicU32,
     recovers: AtomicBool,
+    /// No reactor uses the rings.
+    left: AtomicBool,
     on_broken: Mutex<Option<Broken>>,
 }
 
 impl Default for Bond {
     fn default() -> Self {
-        Self { epoch: AtomicU32::new(1), recovers: AtomicBool::new(false), on_broken: Mutex::new(None) }
+        Self { epoch: AtomicU32::new(1), recovers: AtomicBool::new(false), left: AtomicBool::new(false), on_broken: Mutex::new(None) }
     }
 }
 
@@ -86,11 +88,7 @@ impl Bond {
 
     /// What becomes of I/O when a rule is broken.
     pub(crate) fn consequence(&self) -> &'static str {
-        if self.recovers.load(Ordering::Relaxed) {
-            "its I/O waits for another connection"
-        } else {
-            "the device fails all I/O from now on"
-        }
+        if self.recovers.load(Ordering::Relaxed) { "its I/O waits for another connection" } else { "the device fails all I/O from now on" }
     }
 
     /// Ends a connection; false: it was not the present one any more.
@@ -135,21 +133,39 @@ impl Link {
         drop(before);
     }
 
-    /// The connection is over. Answers when no reactor uses its rings; they are as new then, and can be shown to another target.
+    /// The connection is over. Answers when no reactor uses its rings.
     pub fn leave(&self, registry: &Arc<Registry>, device: DeviceId, reply: Reply<()>) {
         self.shared.bond.advance(Phase::Connected);
-        let layout = self.shared.layout.clone();
-        lifecycle::poke(registry, device, Box::new(move |outcome| reply(outcome.and_then(|()| layout.wipe_rings()))));
+        let shared = self.shared.clone();
+        let left = move |outcome: Result<(), BdevError>| {
+            shared.bond.left.store(outcome.is_ok(), Ordering::Release);
+            reply(outcome);
+        };
+        lifecycle::poke(registry, device, Box::new(left));
     }
 
-    /// Another target, or the same, has the rings: what waits goes to it, and so does all else from now on. Only after [`leave`](Self::leave) was answered. Its features are those that were
-    /// agreed on first. Refused, by name: a configuration that the I/O under way cannot live with.
+    /// Makes the rings as new, to be shown to another target: after [`leave`](Self::leave) was answered.
+    pub fn wipe(&self) -> Result<(), BdevError> {
+        self.check_left()?;
+        self.shared.layout.wipe_rings()
+    }
+
+    /// Another target, or the same, has the rings, which were [wiped](Self::wipe): what waits goes to it, and so does all else from now on. Its features are those
+    /// that were agreed on first. Refused, by name: a configuration that the I/O under way cannot live with.
     pub fn rejoin(&self, registry: &Arc<Registry>, device: DeviceId, features: u64, config: &[u8], reply: Reply<()>) {
-        if let Err(error) = self.accept(features, config) {
+        if let Err(error) = self.check_left().and_then(|()| self.accept(features, config)) {
             return reply(Err(error));
         }
+        self.shared.bond.left.store(false, Ordering::Relaxed);
         self.shared.bond.advance(Phase::Away);
         lifecycle::poke(registry, device, reply);
+    }
+
+    fn check_left(&self) -> Result<(), BdevError> {
+        if self.shared.bond.left.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        Err(BdevError::Unsupported(format!("{} with new rings: its reactors have not left the old ones", self.shared.agreed.info.name)))
     }
 
     /// The target says that its configuration changed. Replies with its size in blocks, which the bdev has then.

@@ -605,11 +605,14 @@ class VirtioLink:
         each `rejoin`; what was asked before is cancelled. Reply: str."""
 
     def leave(self) -> int:
-        """The connection is over. Reply: None, when no reactor uses the rings; they can be shown to another target then."""
+        """The connection is over. Reply: None, when no reactor uses the rings."""
+
+    def wipe(self) -> None:
+        """Make the rings as new, to be shown to another target: after `leave` was answered, else ``EOPNOTSUPP``."""
 
     def rejoin(self, config: bytes) -> int:
-        """Another target has memory and rings, with the features that were agreed on first: what waits goes to it, in order. Only after `leave` was answered.
-        Reply: None. ``EINVAL``: a configuration that what is under way cannot live with; the bdev waits on."""
+        """Another target has memory and rings, with the features that were agreed on first: what waits goes to it, in order. The rings
+        were wiped before. Reply: None. ``EINVAL``: a configuration that what is under way cannot live with; the bdev waits on."""
 
     def configure(self, config: bytes) -> int:
         """The target's configuration may have changed: the bdev gets its size. Reply: the size in blocks. ``EINVAL``: something else changed, too."""

@@ -214,17 +214,26 @@ class Attachment:
             device = await negotiate(front, self._device)
             if device.num_queues < len(self._queues):
                 raise TargetRefused(f"target {self._path}: has {device.num_queues} queues, {len(self._queues)} are in use")
-            # Whatever an attempt that failed left in the rings.
-            await self._ask(self._link.leave)
+            self._wipe()
             await attach_queues(front, self._memory, self._queues, self._device.features)
             self._broken.cancel()
             self._broken = self._ask(self._link.broken)
             await self._ask(self._link.rejoin, device.config)
-            await self._configure(device.config)
         except BaseException:
             await front.close()
             raise
         self._adopt(front)
+        try:
+            await self._configure(device.config)
+        except QpairError as error:
+            self._tell(f"its configuration changed: {error}")
+
+    def _wipe(self) -> None:
+        """Whatever the last target left in the rings."""
+        try:
+            self._link.wipe()
+        except OSError as error:
+            raise from_engine(error) from error
 
     def _tell(self, what: str) -> None:
         logger.error("virtio %s: %s", self._name, what)

@@ -35,6 +35,8 @@ pub struct Allowed {
     pub churn: bool,
     /// Reactors end with I/O in flight.
     pub ends: bool,
+    /// Targets go and come: in between a reset ends what waits.
+    pub outages: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -304,10 +306,10 @@ impl Client {
     }
 
     fn judge(&self, pending: &Pending, status: Status) {
-        let Allowed { fails, shorts, lies, aborts: _, resets: _, removal, churn: _, ends: _ } = self.load.allowed;
+        let Allowed { fails, shorts, lies, aborts: _, resets, removal, churn: _, ends: _, outages } = self.load.allowed;
         let legal = match status {
             Status::SUCCESS => true,
-            Status::ABORT_REQUESTED => pending.aborted || removal,
+            Status::ABORT_REQUESTED => pending.aborted || removal || (outages && resets),
             Status::INTERNAL_DEVICE_ERROR => fails || lies,
             Status::INVALID_OPCODE => fails || lies || !self.load.info.supported.has(pending.op),
             Status::DATA_TRANSFER_ERROR => shorts || lies,

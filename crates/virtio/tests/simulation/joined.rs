@@ -5,16 +5,17 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use qpair_bdev::{Layer, Registry};
+use qpair_bdev::{DeviceId, Layer, Registry};
 use qpair_memory::Mapping;
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{self, Rng, World};
 use qpair_vhost::{Addresses, Answer, Command, Failure, MemoryRow, Options, Source, Target, VhostError};
-use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
+use qpair_virtio::{Link, QueueSetup, VirtioBlk, VirtioLayout};
 use qpair_wire::virtio::Features;
 
 use crate::client::{Allowed, CELL_BLOCKS, Client, IOS, Load, Tally};
 use crate::device::{Manners, Slow};
+use crate::outage::answer;
 use crate::{CELLS, MAX_IO, QUIET, RunSome, check_reactors, count_panics, remove};
 
 /// Long enough for whatever ends by itself.
@@ -32,6 +33,8 @@ enum Incident {
     DiskLost,
     /// Rings are stopped and started again, and memory is shown anew.
     Restarts,
+    /// The session ends, and what waits goes to the next.
+    Reconnects,
 }
 
 struct Pair {
@@ -148,13 +151,27 @@ impl Pair {
         (index(at.avail), index(at.used))
     }
 
-    fn attach(&mut self) {
+    fn attach(&mut self) -> (Link, DeviceId) {
         let config = self.target.config(self.session).unwrap();
         let size = self.layout.queue_size();
         let setup = |(kick, call): &(Event, Event)| QueueSetup { size, kick: kick.twin().unwrap(), call: call.twin().unwrap() };
         let setups = self.queues.iter().map(setup).collect();
         let device = VirtioBlk::new("v0", self.layout.clone(), self.features, &config[..60], setups).unwrap();
-        self.registry.register(Arc::new(device)).unwrap();
+        let link = device.link();
+        (link, self.registry.register(Arc::new(device)).unwrap())
+    }
+
+    /// The session ends, with I/O in flight; another begins, and goes on with what was not answered.
+    fn reconnect(&mut self, link: &Link, device: DeviceId, pause: u64) {
+        self.say(Command::Close).unwrap();
+        let registry = self.registry.clone();
+        answer(&mut self.world, |reply| link.leave(&registry, device, reply)).unwrap();
+        self.world.run_some(pause);
+        self.session = self.target.open("vd").unwrap();
+        link.wipe().unwrap();
+        self.connect();
+        let config = self.target.config(self.session).unwrap();
+        answer(&mut self.world, |reply| link.rejoin(&registry, device, self.features, &config[..60], reply)).unwrap();
     }
 
     fn load(&mut self, rng: &mut Rng, allowed: Allowed, tally: &Rc<RefCell<Tally>>) {
@@ -175,7 +192,7 @@ fn run(seed: u64, what: Incident, manners: Manners, mut allowed: Allowed) -> Tal
     let mut rng = Rng::new(seed ^ 0x701_4ed);
     let mut pair = Pair::new(seed, &mut rng, manners);
     pair.connect();
-    pair.attach();
+    let (link, device) = pair.attach();
     allowed.fails |= what == Incident::DiskLost || what == Incident::PeerLost;
     allowed.removal |= matches!(what, Incident::Removal | Incident::PeerLost);
     let (tally, ledger) = (Rc::new(RefCell::new(Tally::default())), pair.world.obligations().clone());
@@ -207,6 +224,12 @@ fn run(seed: u64, what: Incident, manners: Manners, mut allowed: Allowed) -> Tal
                 pair.world.run_some(rng.below(500));
             }
         }
+        Incident::Reconnects => {
+            for _ in 0..rng.between(1, 4) {
+                pair.reconnect(&link, device, rng.below(1000));
+                pair.world.run_some(rng.below(1000));
+            }
+        }
     }
     pair.world.settle();
     if !gone {
@@ -226,6 +249,7 @@ fn run(seed: u64, what: Incident, manners: Manners, mut allowed: Allowed) -> Tal
     }
     pair.world.settle();
     pair.target.delete("vd").unwrap();
+    drop(link);
     let Pair { mut world, layout, disk, .. } = pair;
     assert_eq!((disk.held.load(Ordering::Relaxed), disk.channels.load(Ordering::Relaxed)), (0, 0), "the disk's I/Os and channels");
     assert_eq!((Arc::strong_count(&layout), Arc::strong_count(layout.mapping())), (1, 1), "the shared memory is held");
@@ -263,4 +287,10 @@ fn our_initiator_on_our_target_over_a_failing_disk_ends_each_io_once() {
     let allowed = Allowed { fails: true, churn: true, aborts: true, ..QUIET };
     let manners = Manners { fails: 50, stalls: 0 };
     seeds("virtio-joined-fails", 210, &[Incident::Nothing, Incident::Restarts, Incident::Removal], manners, allowed);
+}
+
+#[test]
+fn our_initiator_loses_no_io_to_our_target_from_session_to_session() {
+    let allowed = Allowed { churn: true, aborts: true, resets: true, outages: true, ..QUIET };
+    seeds("virtio-joined-reconnects", 300, &[Incident::Reconnects], FAITHFUL, allowed);
 }

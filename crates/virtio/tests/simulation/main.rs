@@ -9,6 +9,7 @@ mod client;
 #[path = "../../../vhost/tests/simulation/device.rs"]
 mod device;
 mod joined;
+mod outage;
 mod target;
 
 use std::cell::{Cell, RefCell};
@@ -16,12 +17,13 @@ use std::rc::Rc;
 use std::sync::{Arc, Once, Weak};
 
 use client::{Allowed, CELL_BLOCKS, Client, IOS, Load, Tally};
-use qpair_bdev::{BdevError, Info, Layer, Registry, lifecycle};
+use qpair_bdev::{BdevError, DeviceId, Info, Layer, Registry, lifecycle};
 use qpair_memory::Mapping;
 use qpair_reactor::PollerId;
+use qpair_reactor::driver::WatchId;
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{self, Obligations, Rng, World};
-use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
+use qpair_virtio::{Link, QueueSetup, VirtioBlk, VirtioLayout};
 use qpair_wire::virtio::Features;
 use qpair_wire::virtio_blk::{BlkFeatures, Config};
 use target::{Disk, Manners, OnReactor, SECTOR, Target};
@@ -57,40 +59,86 @@ struct Scene {
     disk: Rc<RefCell<Disk>>,
     layout: Weak<VirtioLayout>,
     mapping: Weak<Mapping>,
+    /// Of each queue: kick and call.
+    events: Vec<(Event, Event)>,
+    features: u64,
+    config: Config,
+    device: Option<DeviceId>,
+    /// Where targets go and come.
+    link: Option<Link>,
     /// Targets that live on reactors.
-    hosted: Vec<(usize, PollerId)>,
+    hosted: Vec<(usize, PollerId, WatchId)>,
     ledger: Obligations,
     tally: Rc<RefCell<Tally>>,
 }
 
 impl Scene {
     fn new(world: &mut World, rng: &mut Rng, queues: usize, manners: &[Manners]) -> Self {
+        Self::with_link(world, rng, queues, manners, false)
+    }
+
+    fn with_link(world: &mut World, rng: &mut Rng, queues: usize, manners: &[Manners], recovers: bool) -> Self {
         count_panics();
         let clients = world.reactors() as u64 * 2;
         let disk = Rc::new(RefCell::new(Disk { bytes: vec![0; (clients * CELLS * CELL_BLOCKS) as usize * 4096], ..Disk::default() }));
         let (features, config) = offer(rng, disk.borrow().bytes.len() as u64);
         let size = *rng.pick(&[4, 4, 8, 16, 64, 512]);
         let layout = VirtioLayout::new(queues as u32, size, MAX_IO).unwrap();
-        let mut hosted = Vec::new();
-        let mut setups = Vec::new();
-        for queue in 0..queues {
-            let (kick, call) = (Event::simulated(), Event::simulated());
-            let target = Target::new(&layout, queue, features, &disk, manners[queue % manners.len()], (&kick, &call));
+        let events: Vec<_> = (0..queues).map(|_| (Event::simulated(), Event::simulated())).collect();
+        let setup =
+            |(kick, call): &(Event, Event)| QueueSetup { size: size as u16, kick: kick.twin().unwrap(), call: call.twin().unwrap() };
+        let setups = events.iter().map(setup).collect();
+        let device = VirtioBlk::new("v0", layout.clone(), features, config.as_bytes(), setups).unwrap();
+        let link = recovers.then(|| device.link());
+        let registry = Registry::new(world.handles());
+        let device = registry.register(Arc::new(device)).unwrap();
+        let info = registry.open("v0", false, |_| {}).unwrap().info().map(|info| Info::clone(&info)).unwrap();
+        let mapping = Arc::downgrade(layout.mapping());
+        let (ledger, hosted) = (world.obligations().clone(), Vec::new());
+        let mut scene = Self {
+            registry,
+            info,
+            disk,
+            layout: Arc::downgrade(&layout),
+            mapping,
+            events,
+            features,
+            config,
+            device: Some(device),
+            link,
+            hosted,
+            ledger,
+            tally: Rc::default(),
+        };
+        scene.connect(world, rng, manners);
+        scene
+    }
+
+    /// Puts a target on each queue.
+    fn connect(&mut self, world: &mut World, rng: &mut Rng, manners: &[Manners]) {
+        let Some(layout) = self.layout.upgrade() else { return };
+        for (queue, (kick, call)) in self.events.iter().enumerate() {
+            let target = Target::new(&layout, queue, self.features, &self.disk, manners[queue % manners.len()], (kick, call));
             if rng.chance(1, 2) {
                 world.add_actor(target);
             } else {
                 let place = rng.below(world.reactors() as u64) as usize;
-                hosted.push((place, host(world, place, target, rng.fork())));
+                let (poller, watch) = host(world, place, target, rng.fork());
+                self.hosted.push((place, poller, watch));
             }
-            setups.push(QueueSetup { size: size as u16, kick, call });
         }
-        let device = VirtioBlk::new("v0", layout.clone(), features, config.as_bytes(), setups).unwrap();
-        let registry = Registry::new(world.handles());
-        registry.register(Arc::new(device)).unwrap();
-        let info = registry.open("v0", false, |_| {}).unwrap().info().map(|info| Info::clone(&info)).unwrap();
-        let (mapping, layout) = (Arc::downgrade(layout.mapping()), Arc::downgrade(&layout));
-        let ledger = world.obligations().clone();
-        Self { registry, info, disk, layout, mapping, hosted, ledger, tally: Rc::default() }
+    }
+
+    /// Takes targets off their reactors.
+    fn evict(&mut self, world: &mut World) {
+        for (place, poller, watch) in self.hosted.drain(..) {
+            if world.is_alive(place) {
+                world.with(place, |reactor| {
+                    reactor.unwatch(watch);
+                    reactor.remove_poller(poller);
+                });
+            }
+        }
     }
 
     fn load(&self, world: &mut World, rng: &mut Rng, allowed: Allowed, ios: u64) {
@@ -112,24 +160,21 @@ impl Scene {
 
     /// Nothing is left when all is over.
     fn check_end(&mut self, world: &mut World) {
-        for (place, poller) in self.hosted.drain(..) {
-            if world.is_alive(place) {
-                world.with(place, |reactor| reactor.remove_poller(poller));
-            }
-        }
+        self.evict(world);
+        self.link = None;
         assert!(self.layout.upgrade().is_none() && self.mapping.upgrade().is_none(), "the shared memory is held");
         check_reactors(world);
     }
 }
 
-/// Runs a target on a reactor. Its watch goes with the world.
-fn host(world: &mut World, place: usize, target: Target, rng: Rng) -> PollerId {
+/// Runs a target on a reactor.
+fn host(world: &mut World, place: usize, target: Target, rng: Rng) -> (PollerId, WatchId) {
     world.with(place, |reactor| {
         let poller = reactor.reserve_poller("target");
-        reactor.watch(&target.kick(), poller).unwrap();
+        let watch = reactor.watch(&target.kick(), poller).unwrap();
         let waker = reactor.waker(poller).unwrap();
         reactor.install_poller(poller, Box::new(OnReactor { target, waker, rng, timer_ns: None }));
-        poller
+        (poller, watch)
     })
 }
 
@@ -271,8 +316,17 @@ fn seeds(name: &str, count: u64, scenario: &Scenario) -> Total {
 }
 
 const NONE: Manners = Manners { fails: 0, shorts: 0, mutes: 0, deaths: 0, blatant: 0, sly: 0 };
-const QUIET: Allowed =
-    Allowed { fails: false, shorts: false, lies: false, aborts: false, resets: false, removal: false, churn: false, ends: false };
+const QUIET: Allowed = Allowed {
+    fails: false,
+    shorts: false,
+    lies: false,
+    aborts: false,
+    resets: false,
+    removal: false,
+    churn: false,
+    ends: false,
+    outages: false,
+};
 
 #[test]
 fn a_faithful_target_gives_what_was_written_and_each_io_ends_once() {
@@ -326,7 +380,7 @@ fn a_lie_that_cannot_be_overlooked_fails_the_device_without_anybodys_help() {
 #[test]
 fn whatever_a_target_does_each_io_ends_once() {
     let manners = Manners { fails: 20, shorts: 10, mutes: 5, deaths: 3, blatant: 3, sly: 40 };
-    let allowed = Allowed { fails: true, shorts: true, lies: true, aborts: true, resets: true, removal: true, churn: true, ends: false };
+    let allowed = Allowed { fails: true, shorts: true, lies: true, aborts: true, resets: true, removal: true, churn: true, ..QUIET };
     let total = seeds("virtio-unruly", 500, &Scenario { manners, allowed, any_queues: true });
     assert!(total.seeds < 100 || total.lies > total.seeds / 4, "{total:?}");
 }

@@ -49,6 +49,19 @@ pub struct Disk {
     pub lies: u64,
     /// Queues that are dead or requests that stay unanswered.
     pub silent: u64,
+    /// Counts connections: targets of former ones do nothing any more.
+    pub connection: u64,
+}
+
+impl Disk {
+    /// The process that serves it is killed, in the midst of what it does. What it had in its cache can be made durable by nobody, unless it is written again.
+    pub fn kill(&mut self, cache_dies: bool) {
+        self.connection += 1;
+        self.lies = 0;
+        if cache_dies {
+            self.dirty.values_mut().for_each(|answered| *answered = u64::MAX);
+        }
+    }
 }
 
 struct Request {
@@ -96,6 +109,7 @@ pub struct Target {
     kick: Event,
     call: Event,
     dead: bool,
+    connection: u64,
 }
 
 impl Target {
@@ -136,12 +150,17 @@ impl Target {
             kick: kick.twin().unwrap(),
             call: call.twin().unwrap(),
             dead: false,
+            connection: disk.borrow().connection,
             region,
         }
     }
 
     pub fn kick(&self) -> Event {
         self.kick.twin().unwrap()
+    }
+
+    fn is_gone(&self) -> bool {
+        self.connection != self.disk.borrow().connection
     }
 
     /// When the next request is due.
@@ -151,7 +170,7 @@ impl Target {
 
     /// Takes some, moves some, answers some; how many.
     pub fn run(&mut self, now_ns: u64, rng: &mut Rng) -> usize {
-        if self.dead {
+        if self.dead || self.is_gone() {
             return 0;
         }
         let taken = if rng.chance(7, 8) { self.take(now_ns, rng) } else { 0 };
@@ -427,6 +446,9 @@ impl Target {
 /// Runs as a thread of its own, that polls for a while and sleeps for a while.
 impl Actor for Target {
     fn act(&mut self, now_ns: u64, rng: &mut Rng) -> Act {
+        if self.is_gone() {
+            return Act::Done;
+        }
         self.silence();
         let work = self.run(now_ns, rng);
         if !self.dead && (work > 0 || rng.chance(1, 4)) && rng.chance(7, 8) {

@@ -6,14 +6,14 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use qpair_bdev::{ChannelId, Descriptor, IoFlags, IoId, Layer, Op, QueueId, Registry, Status};
+use qpair_bdev::{BdevError, ChannelId, Descriptor, DeviceId, IoFlags, IoId, Layer, Op, QueueId, Registry, Status};
 use qpair_memory::{Mapping, Pages, Region, Sge};
 use qpair_reactor::driver::{self, Choice};
 use qpair_reactor::event::Event;
 use qpair_reactor::{Clock, Config as ReactorConfig, Poller, Reactor, ReactorId};
-use qpair_virtio::{QueueSetup, VirtioBlk, VirtioLayout};
+use qpair_virtio::{Link, QueueSetup, VirtioBlk, VirtioLayout};
 use qpair_wire::virtio::Features;
 use qpair_wire::virtio_blk::{BlkFeatures, Config};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -33,6 +33,7 @@ pub fn config() -> Config {
     let mut config = Config::new_zeroed();
     config.capacity.set(BLOCKS);
     config.seg_max.set(2);
+    config.blk_size.set(512);
     config.max_discard_sectors.set(256);
     config.max_write_zeroes_sectors.set(256);
     config
@@ -57,6 +58,10 @@ pub struct Driver {
     pub call: Event,
     pub plain: Region,
     pub target: Target,
+    pub features: u64,
+    pub device: DeviceId,
+    /// Of one that waits for another target.
+    pub link: Option<Link>,
 }
 
 impl Driver {
@@ -66,6 +71,15 @@ impl Driver {
     }
 
     pub fn with_spin(size: u32, features: u64, spin_ns: u64) -> Self {
+        Self::with_link(size, features, spin_ns, false)
+    }
+
+    /// That waits for another target when this one breaks the rules.
+    pub fn recovering(size: u32, features: u64) -> Self {
+        Self::with_link(size, features, u64::MAX, true)
+    }
+
+    fn with_link(size: u32, features: u64, spin_ns: u64, recovers: bool) -> Self {
         let reactor_config = ReactorConfig { spin_ns, busy_poll: false };
         let mut reactor = Reactor::new(ReactorId(0), reactor_config, Clock::Monotonic, driver::open(Choice::Epoll).unwrap());
         let registry = Registry::new(vec![reactor.handle()]);
@@ -73,7 +87,8 @@ impl Driver {
         let (kick, call) = (Event::new().unwrap(), Event::new().unwrap());
         let setup = QueueSetup { size: size as u16, kick: kick.twin().unwrap(), call: call.twin().unwrap() };
         let device = VirtioBlk::new("v0", layout.clone(), features, config().as_bytes(), vec![setup]).unwrap();
-        registry.register(Arc::new(device)).unwrap();
+        let link = recovers.then(|| device.link());
+        let device = registry.register(Arc::new(device)).unwrap();
         let descriptor = registry.open("v0", true, |_| {}).unwrap();
         let layer = Layer::of(&mut reactor);
         let poller = reactor.add_poller("test", Box::new(Idle));
@@ -83,7 +98,30 @@ impl Driver {
         let target = Target::new(&layout, size as u16, features);
         let plain = Region::new(Mapping::anonymous(1 << 20, Pages::Normal).unwrap());
         assert_eq!(kick.take(), 1, "the first kick starts the ring");
-        Self { reactor, layer, registry, layout, descriptor, channel, queue, kick, call, plain, target }
+        Self { reactor, layer, registry, layout, descriptor, channel, queue, kick, call, plain, target, features, device, link }
+    }
+
+    /// The target is gone, and that is known.
+    pub fn leave(&mut self) {
+        let link = self.link.as_ref().unwrap();
+        link.leave(&self.registry, self.device, Box::new(|outcome| outcome.unwrap()));
+        self.reactor.turn();
+        self.reactor.turn();
+    }
+
+    /// Another is there; what became of it.
+    pub fn rejoin(&mut self, config: &Config) -> String {
+        let link = self.link.as_ref().unwrap();
+        link.wipe().unwrap();
+        self.target = Target::new(&self.layout, self.layout.queue_size(), self.features);
+        let told = Arc::new(Mutex::new(String::new()));
+        let heard = told.clone();
+        let reply =
+            move |outcome: Result<(), BdevError>| *heard.lock().unwrap() = format!("{:?}", outcome.map_err(|error| error.to_string()));
+        link.rejoin(&self.registry, self.device, self.features, config.as_bytes(), Box::new(reply));
+        self.reactor.turn();
+        self.reactor.turn();
+        told.lock().unwrap().clone()
     }
 
     /// Submits one batch; (op, lba, blocks, flags), data from byte 0 of `plain` on for the first, then one after the other.
