@@ -108,6 +108,7 @@ async def test_a_target_that_went_away_fails_its_bdev_before_it_vanishes(stack: 
     await stack.malloc("m0", "1MiB")
     exported = await stack.export("m0", tmp_path / "target.sock")
     reader = stack.events()
+    stack.virtio.set_options(loss_timeout_s=0)
     await stack.virtio.attach("v0", exported.socket)
     await stack.vhost.delete(exported.name, force=True)
     seen = []

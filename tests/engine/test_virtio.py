@@ -49,7 +49,7 @@ def connect(driver: Any, controller: str, queue_size: int = 64) -> tuple[int, li
     driver.wait(engine.vhost_set_vring_kick(session, 0, kick))
     config = engine.vhost_get_config(session)
     queues = [(queue_size, kick, call)]
-    driver.wait(engine.bdev_virtio_create("virtio0", features=features, config=config, memory=memory, queues=queues))
+    engine.bdev_virtio_create("virtio0", features=features, config=config, memory=memory, queues=queues)
     os.close(kick)
     os.close(call)
     return session, queues

@@ -20,6 +20,7 @@ import pytest_asyncio
 from interop.peers import QpairServer, StorageDaemon
 from qpair import Stack
 from qpair.bdev.client import OpenBdev
+from qpair.bdev.events import Event, EventReader
 from qpair.errors import QpairError
 
 BLOCK = 4096
@@ -119,6 +120,14 @@ async def survive(stack: Stack, disk: OpenBdev, kill: Callable[[], None], start:
     return sum(writer.done for writer in writers)
 
 
+async def until(reader: EventReader, kind: str) -> AsyncIterator[Event]:
+    """Events of the disk, up to the first of that kind."""
+    async for event in reader:
+        yield event
+        if event.kind == kind:
+            return
+
+
 async def test_our_target_killed_again_and_again_under_a_load_loses_nothing(initiator: Stack, our_target: OurTarget, image: Path) -> None:
     controller = await initiator.virtio.attach("remote0", our_target.socket)
     assert controller.num_queues == 2, "one a reactor"
@@ -182,15 +191,19 @@ async def test_a_reset_while_the_target_is_away_ends_what_waits(initiator: Stack
             assert await disk.read(0, BLOCK) == b"\x42" * BLOCK
 
 
-async def test_a_disk_that_grew_while_its_target_was_away_is_as_large_as_it_is(initiator: Stack, our_target: OurTarget, image: Path) -> None:
+async def test_a_disk_that_grew_while_its_target_was_away_is_as_large_as_it_is(
+    initiator: Stack, our_target: OurTarget, image: Path
+) -> None:
     await initiator.virtio.attach("remote0", our_target.socket)
+    reader = initiator.events()
     our_target.kill()
     with image.open("r+b") as file:
         file.truncate(2 * BLOCK * BLOCKS)
     our_target.start()
     async with asyncio.timeout(10):
-        while initiator.bdevs.handle("remote0").size_bytes != 2 * BLOCK * BLOCKS:
-            await asyncio.sleep(0.01)
+        kinds = [event.kind async for event in until(reader, "resized")]
+    assert kinds == ["failed", "resized"]
+    assert initiator.bdevs.handle("remote0").size_bytes == 2 * BLOCK * BLOCKS
 
 
 async def test_two_reactors_use_two_queues_and_both_find_the_next_target(initiator: Stack, our_target: OurTarget) -> None:

@@ -46,10 +46,11 @@ def test_bytes_cross_two_vhost_user_devices_and_arrive_in_the_file(
     assert stored[-512:] == b"\x3c" * 512
 
 
-def test_a_target_that_dies_fails_its_bdev_and_nothing_else(
+def test_a_target_that_dies_fails_its_bdev_where_nobody_waits_and_nothing_else(
     qpair_server: QpairServer, storage_daemon: Callable[..., StorageDaemon], qemu_io: QemuIo, image: Path
 ) -> None:
     daemon = storage_daemon(image)
+    qpair_server.rpc("qpair_virtio_set_options", ctrlr_loss_timeout_sec=0)
     name = attach(qpair_server, daemon.socket)
     qpair_server.rpc("bdev_malloc_create", name="other", num_blocks=2048, block_size=512)
     other = qpair_server.export_disk("other.sock", "other")

@@ -63,7 +63,9 @@ async def test_a_target_that_leaves_is_connected_to_again_and_the_bdev_stays(
     await eventually(lambda: recorder.names()[-1] == "configure", "it is connected to again")
     assert target.seen == first, "memory and queues are handed over anew"
     assert about_targets(recorder) == ["bdev_virtio_create", "leave", "wipe", "rejoin", "configure"]
-    assert [event.reason for event in of(told, Failed)] == [f"target {target.path}: closed the connection; its I/O waits until the target is back"]
+    assert [event.reason for event in of(told, Failed)] == [
+        f"target {target.path}: closed the connection; its I/O waits until the target is back"
+    ]
     assert "remote0" in recorder.disks
     await eventually(lambda: len(count_fds()) == len(before), "what belonged to the first connection is closed")
     target.drop()

@@ -222,13 +222,7 @@ class Engine:
         while there is no worker."""
 
     def bdev_virtio_create(
-        self,
-        name: str,
-        *,
-        features: int,
-        config: bytes,
-        memory: VirtioMemory,
-        queues: Sequence[tuple[int, int, int]],
+        self, name: str, *, features: int, config: bytes, memory: VirtioMemory, queues: Sequence[tuple[int, int, int]]
     ) -> VirtioLink:
         """The driver's side of virtio-blk rings that `VirtioMemory` laid out. ``queues``: (size, kick fd, call fd); fds are duplicated."""
 
@@ -598,24 +592,16 @@ class ErrorControl:
 
 @final
 class VirtioLink:
-    """By this a virtio bdev is told that its target went, and that there is another. Its I/O waits in between."""
+    """By this a virtio bdev is told that its target went, and that there is another; its I/O waits in between. ``broken`` is answered (reply: str) when the target
+    breaks a rule of the rings: no I/O goes to it any more. Asked anew before each ``rejoin``. ``leave``: the connection is over; answered when no reactor uses the
+    rings. ``wipe`` makes them as new, for the next target (else ``EOPNOTSUPP``). ``rejoin``: it has them, with the features that were agreed on first; what waits goes to it,
+    in order. ``configure`` gives the bdev its size (reply: blocks). Both: ``EINVAL`` for a configuration that what is under way cannot live with."""
 
-    def broken(self) -> int:
-        """Answered when the target breaks a rule of the rings, by what it was: no I/O goes to it any more, the connection is to be closed. To be asked anew before
-        each `rejoin`; what was asked before is cancelled. Reply: str."""
-
-    def leave(self) -> int:
-        """The connection is over. Reply: None, when no reactor uses the rings."""
-
-    def wipe(self) -> None:
-        """Make the rings as new, to be shown to another target: after `leave` was answered, else ``EOPNOTSUPP``."""
-
-    def rejoin(self, config: bytes) -> int:
-        """Another target has memory and rings, with the features that were agreed on first: what waits goes to it, in order. The rings
-        were wiped before. Reply: None. ``EINVAL``: a configuration that what is under way cannot live with; the bdev waits on."""
-
-    def configure(self, config: bytes) -> int:
-        """The target's configuration may have changed: the bdev gets its size. Reply: the size in blocks. ``EINVAL``: something else changed, too."""
+    def broken(self) -> int: ...
+    def leave(self) -> int: ...
+    def wipe(self) -> None: ...
+    def rejoin(self, config: bytes) -> int: ...
+    def configure(self, config: bytes) -> int: ...
 
 @final
 class VirtioMemory:
