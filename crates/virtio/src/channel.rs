@@ -3,16 +3,16 @@
 //! **Each I/O completes exactly once.** The layer calls `submit` once for an I/O, and asserts in `complete` that it has not ended yet; here is
 //! why that assertion never fails, and why `complete` is always called.
 //!
-//! *At most once.* An I/O that is with the target, or waits for one, is named by one slot: from `hold`, which takes a free slot only, to
-//! `release` or `give_up`, which free it. Only where these two are called it is completed; the refusals in `submit` and `hold` concern I/Os that no
-//! slot names yet. What the target says is a used id, and it is looked up among the slots: one that is free, or is none, is a
+//! *At most once.* An I/O that is with the target is named by one slot: from `start`, which takes a free slot only, to
+//! `release`, `give_up` or `turn_away`, which free it. Only where the first two are called it is completed; the third moves it to the list of those that wait for another target, from where it
+//! goes to a slot again, or is completed as it is taken off. The refusals in `submit` and `start` concern I/Os that nothing names yet. What the target says is a used id, and it is looked up among the slots: one that is free, or is none, is a
 //! violation. So a second answer, or one to what was never asked, ends the device, never an I/O again. (A target that gives
 //! another request's id ends that one too early, with data that are the target's affair: the other's own answer is then the violation.)
 //! Its ids and lengths are read once, into registers, and what it wrote is bounded by what the slot was formatted for.
 //!
 //! *At least once.* A slot in use is freed by its answer; by a violation on this queue, at once, since `finish` is followed by
 //! `give_up`; by a violation on another queue, since `Shared::fail` ends the epoch first and then sends every holder of a queue a
-//! wake-up, and whatever slots name by then is what the next `poll` finds; where there may be another target, by that one's answer, to which all that slots name is sent
+//! wake-up, and whatever slots name by then is what the next `poll` finds; where there may be another target, by that one's answer, to which all of it is sent
 //! again (`outage.rs`); or by the removal of the device, whose deadline asks for an early end (`abort`), also where a reset or a shrinking that waits for quiet stands in the
 //! removal's way. Until then a target that says nothing is waited for, in a reset too. A panic in here is the layer's to clean up, and
 //! a reactor's end leaves nobody to be told. No answer is slept through: `arm` asks for an interrupt and looks again (`Ring::listen`), `unplug` wakes the poller, and what a
@@ -48,7 +48,7 @@ const NONE: u16 = u16::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
     Free,
-    /// The last part of its I/O is with the target, or nothing of it, as long as there is none.
+    /// The last part of its I/O is with the target.
     Last,
     /// A flush follows.
     FlushNext,
@@ -59,7 +59,7 @@ pub(crate) enum Stage {
 pub(crate) enum Mode {
     /// It is the target's and ours.
     Running,
-    /// There is no target: slots keep I/Os for the next.
+    /// There is no target: I/Os are kept for the next, all slots are free.
     Away,
     /// Requests were given up.
     Lost,
@@ -104,6 +104,8 @@ pub(crate) struct VirtioChannel<R: Ring> {
     /// The slot each I/O of the reactor had last: there its descriptors stand as it needs them.
     last: Vec<u16>,
     pub(crate) inflight: u16,
+    /// I/Os that wait for a target, in order; empty while there is one.
+    pub(crate) kept: Vec<IoId>,
     /// Counts what was submitted.
     pub(crate) sequence: u32,
     /// The slot sent last.
@@ -148,6 +150,7 @@ impl<R: Ring> VirtioChannel<R> {
             free: (0..chains.slots()).rev().collect(),
             last: vec![NONE; layer.ios().0],
             inflight: 0,
+            kept: Vec::new(),
             sequence: 0,
             newest: 0,
             kick,
@@ -166,7 +169,7 @@ impl<R: Ring> VirtioChannel<R> {
         })
     }
 
-    /// The slot that this I/O had last, if it is free; else any.
+    /// The slot that this I/O had last, if it is free; else any. The layer submits no more than there are.
     #[inline]
     fn take_slot(&mut self, id: IoId) -> Option<u16> {
         let last = self.last.get(id.slot()).copied().unwrap_or(NONE);
@@ -188,20 +191,6 @@ impl<R: Ring> VirtioChannel<R> {
         }
     }
 
-    /// Gives an I/O a slot. The layer submits no more than there are.
-    #[inline]
-    pub(crate) fn hold(&mut self, layer: &mut Layer, id: IoId) -> Option<u16> {
-        let Some(index) = self.take_slot(id) else {
-            layer.complete(id, Status::INTERNAL_DEVICE_ERROR);
-            return None;
-        };
-        self.sequence = self.sequence.wrapping_add(1);
-        self.inflight += 1;
-        let slot = &mut self.slots[usize::from(index)];
-        (slot.io, slot.sequence, slot.stage) = (id, self.sequence, Stage::Last);
-        Some(index)
-    }
-
     #[inline]
     pub(crate) fn release(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
@@ -213,9 +202,10 @@ impl<R: Ring> VirtioChannel<R> {
         self.inflight -= 1;
     }
 
-    /// Sends a slot's I/O: the slot goes into the batch.
+    /// Puts one I/O into a slot and the slot into the batch.
     #[inline]
-    pub(crate) fn start(&mut self, layer: &mut Layer, index: u16, id: IoId) {
+    fn start(&mut self, layer: &mut Layer, id: IoId) {
+        let Some(index) = self.take_slot(id) else { return layer.complete(id, Status::INTERNAL_DEVICE_ERROR) };
         let io = layer.io(id);
         let sector = io.lba * self.shared.agreed.sectors;
         let (kind, sector, shape, bounced) = match io.op {
@@ -230,6 +220,8 @@ impl<R: Ring> VirtioChannel<R> {
         if bounced && io.op == Op::Write {
             let at = self.bounce_of(index);
             if copy_list(&io.list, &self.region, at, self.bounce_bytes, false).is_err() {
+                self.slots[usize::from(index)].stage = Stage::Last;
+                self.inflight += 1;
                 self.release(index);
                 return layer.complete(id, Status::DATA_TRANSFER_ERROR);
             }
@@ -237,9 +229,12 @@ impl<R: Ring> VirtioChannel<R> {
         let changes = !matches!(io.op, Op::Read | Op::Flush);
         let durable = changes && io.flags.contains(IoFlags::FUA) && self.shared.agreed.flush;
         self.send(index, RequestHeader::new(kind, sector), &shape);
+        self.sequence = self.sequence.wrapping_add(1);
         let slot = &mut self.slots[usize::from(index)];
+        (slot.io, slot.sequence) = (id, self.sequence);
         slot.bounced = bounced;
         slot.stage = if durable { Stage::FlushNext } else { Stage::Last };
+        self.inflight += 1;
     }
 
     /// Writes what changed of a slot, and adds it to the batch.
@@ -291,7 +286,7 @@ impl<R: Ring> VirtioChannel<R> {
 
     /// Takes one used entry; an error is the target's violation.
     #[inline]
-    pub(crate) fn finish(&mut self, layer: &mut Layer) -> Result<(), String> {
+    fn finish(&mut self, layer: &mut Layer) -> Result<(), String> {
         let (head, written) = self.ring.next_used();
         let index = self.chains.slot(head).ok_or_else(|| format!("used id {head} is no request's"))?;
         let slot = &self.slots[usize::from(index)];
@@ -319,6 +314,18 @@ impl<R: Ring> VirtioChannel<R> {
         }
         self.release(index);
         layer.complete(id, status);
+        Ok(())
+    }
+
+    /// Takes so many answers, as far as they can be believed; an error is the target's violation.
+    #[inline]
+    pub(crate) fn take(&mut self, layer: &mut Layer, count: u16) -> Result<(), String> {
+        if count > self.inflight {
+            return Err(format!("the ring says that {count} requests are done, {} are under way", self.inflight));
+        }
+        for _ in 0..count {
+            self.finish(layer)?;
+        }
         Ok(())
     }
 
@@ -350,6 +357,7 @@ impl<R: Ring> VirtioChannel<R> {
             slot.stage = Stage::Free;
             layer.complete(slot.io, status);
         }
+        self.kept.drain(..).for_each(|id| layer.complete(id, status));
         self.mode = Mode::Lost;
         self.inflight = 0;
         self.ring.forget();
@@ -365,7 +373,7 @@ impl<R: Ring> VirtioChannel<R> {
         layer.report_failure(self.id, "target", |_| format!("queue {queue}: {reason}; {outcome}"));
         self.shared.fail(self.epoch, queue, reason);
         self.turn_away();
-        self.follow(layer);
+        self.settle(layer);
     }
 
     #[inline]
@@ -397,9 +405,7 @@ impl<R: Ring> Channel for VirtioChannel<R> {
             self.ring.prefetch_publish();
         }
         for id in batch {
-            if let Some(index) = self.hold(layer, *id) {
-                self.start(layer, index, *id);
-            }
+            self.start(layer, *id);
         }
     }
 
@@ -408,9 +414,9 @@ impl<R: Ring> Channel for VirtioChannel<R> {
         self.waker.wake();
     }
 
-    fn poll(&mut self, layer: &mut Layer, _: &mut Reactor) -> usize {
+    fn poll(&mut self, layer: &mut Layer, reactor: &mut Reactor) -> usize {
         if self.shared.bond.epoch() != self.epoch {
-            return self.follow(layer);
+            return self.follow(layer, reactor);
         }
         let count = self.ring.waiting();
         if count == 0 || self.mode != Mode::Running {
@@ -422,17 +428,7 @@ impl<R: Ring> Channel for VirtioChannel<R> {
             self.chains.prefetch(self.newest);
             self.ring.prefetch_avail();
         }
-        let mut outcome = Ok(());
-        if count > self.inflight {
-            outcome = Err(format!("the ring says that {count} requests are done, {} are under way", self.inflight));
-        }
-        for _ in 0..count {
-            if outcome.is_err() {
-                break;
-            }
-            outcome = self.finish(layer);
-        }
-        match outcome {
+        match self.take(layer, count) {
             Ok(()) => {
                 self.ring.stay_silent();
                 self.ring_out();

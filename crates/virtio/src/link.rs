@@ -25,7 +25,7 @@
 //! its own reactor: before that reactor's message, which then finds the channel, or after it, which finds the epoch changed. A channel that meets a broken rule makes the epoch even itself
 //! and wakes the others; `leave` comes all the same before anything is shown anew.
 //!
-//! Between two connections a channel keeps what it is given in its slots, as in a full ring, and what is more waits in the layer. An abort ends such an I/O
+//! Between two connections a channel keeps what the target had and what it is given in a list, as much as goes into the ring, and what is more waits in the layer. An abort ends such an I/O
 //! at once, so a reset does, and a removal at its deadline: nobody has it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
