@@ -137,7 +137,7 @@ def test_one_region_too_many_ends_the_session_by_name(world: World) -> None:
         assert front_end.closed()
     [line] = until(lambda: world.server.lines("broke the protocol", before), "the log tells of it")
     assert "ADD_MEM_REG: number of regions is 65, must be at most 64" in line
-    until(lambda: not [row for row in world.server.guest_mappings()], "all is unmapped")
+    until(lambda: not world.server.guest_mappings(), "all is unmapped")
     world.fine()
 
 

@@ -130,6 +130,7 @@ class Session:
             if self._serving is not None:
                 self._serving.cancel()  # only if this task itself was cancelled is there anything to cancel
             self.channel.close()
+            self._record = SessionRecord()  # its descriptors are closed now, unless they have moved
             memory_fds, self._memory_fds = self._memory_fds, []
             close_all(memory_fds)
             for asked in (self.restored, self._releasing):
