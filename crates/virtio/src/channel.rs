@@ -285,7 +285,7 @@ impl<R: Ring> VirtioChannel<R> {
     }
 
     /// Takes one used entry; an error is the target's violation.
-    #[inline]
+    #[inline(always)]
     fn finish(&mut self, layer: &mut Layer) -> Result<(), String> {
         let (head, written) = self.ring.next_used();
         let index = self.chains.slot(head).ok_or_else(|| format!("used id {head} is no request's"))?;
@@ -317,8 +317,8 @@ impl<R: Ring> VirtioChannel<R> {
         Ok(())
     }
 
-    /// Takes so many answers, as far as they can be believed; an error is the target's violation.
-    #[inline]
+    /// Takes so many answers, as far as they can be believed; an error is the target's violation. (Inline also though `leave` calls it.)
+    #[inline(always)]
     pub(crate) fn take(&mut self, layer: &mut Layer, count: u16) -> Result<(), String> {
         if count > self.inflight {
             return Err(format!("the ring says that {count} requests are done, {} are under way", self.inflight));
