@@ -65,6 +65,7 @@ struct Run {
     view: Weak<Mapping>,
     kick: Event,
     base: u16,
+    features: u64,
 }
 
 /// From the start of memory.
@@ -117,9 +118,11 @@ impl Run {
             view: Weak::new(),
             kick: Event::simulated(),
             base,
+            features: 0,
         };
         let features =
             1 << 32 | if config & 8 != 0 { 1 << 29 } else { 0 } | if config & 16 != 0 { 1 << 28 } else { 0 } | u64::from(packed) << 34;
+        run.features = features;
         run.say(Command::SetFeatures(features));
         let index = base.to_le_bytes();
         if !packed {
@@ -199,8 +202,16 @@ impl Run {
         }
     }
 
+    /// A log that is as long as it says, or shorter, and covers memory or not.
+    fn set_log(&mut self, value: u16, more: u8) {
+        let log = Mapping::memfd("log", 4096).expect("memory");
+        let fd = log.fd().expect("a memfd").try_clone_to_owned().expect("a descriptor");
+        let size = if more & 3 == 0 { u64::from(value) } else { 64 };
+        self.say(Command::SetLogBase { fd, size, offset: u64::from(more >> 2) });
+    }
+
     fn step(&mut self, what: u8, value: u16, more: u8) {
-        match what % 8 {
+        match if what < 240 { what % 8 } else { what } {
             0..=2 if self.packed => {
                 self.make_available(value, more);
                 self.kick.notify();
@@ -218,9 +229,16 @@ impl Run {
             }
             5 => self.show_memory(),
             6 => self.say(Command::SetVringEnable { queue: 0, enabled: more & 1 == 0 }),
+            240..=247 => self.say(Command::SetFeatures(self.features | u64::from(more & 1) << 26)),
+            248..=255 => self.set_log(value, more),
             _ => self.say(Command::SetVringAddr {
                 queue: 0,
-                addresses: Addresses { desc: USER + u64::from(value), avail: USER + u64::from(more) * 64, used: USER + 8192, log: None },
+                addresses: Addresses {
+                    desc: USER + u64::from(value),
+                    avail: USER + u64::from(more) * 64,
+                    used: USER + 8192,
+                    log: (more & 1 == 1).then_some(GUEST + 8192),
+                },
             }),
         }
         self.world.run(100);

@@ -267,3 +267,45 @@ fn a_ring_that_failed_writes_nothing_more() {
     }
     assert!(seen > 0, "no request was in flight when its ring failed");
 }
+
+#[test]
+fn a_write_is_durable_before_it_is_answered_where_the_driver_wants_no_write_cache() {
+    Kind::BOTH.iter().for_each(|kind| write_through(*kind));
+}
+
+fn write_through(kind: Kind) {
+    let mut bench = Bench::new(kind);
+    bench.start().unwrap();
+    let (target, session) = (bench.side.target.clone(), bench.session);
+    let writeback = move || target.config(session).unwrap()[32];
+    let asked = |bench: &mut Bench| {
+        let before = bench.side.device.durable.load(Ordering::Relaxed);
+        for request in [RequestType::OUT, RequestType::IN, RequestType::FLUSH] {
+            bench.driver.add(&Ask::new(request, 0, if request == RequestType::FLUSH { 0 } else { 4096 })).unwrap();
+        }
+        let _ = bench.driver.publish();
+        bench.kick.notify();
+        assert_eq!(bench.answered(), 3);
+        (writeback(), bench.side.device.durable.load(Ordering::Relaxed) - before)
+    };
+    assert_eq!(asked(&mut bench), (1, 0));
+    bench.say(Command::SetWriteback(false)).unwrap();
+    assert_eq!(asked(&mut bench), (0, 1), "the write, and nothing else");
+    bench.say(Command::SetWriteback(true)).unwrap();
+    assert_eq!(asked(&mut bench), (1, 0));
+    bench.say(Command::SetWriteback(false)).unwrap();
+    bench.say(Command::ResetDevice).unwrap();
+    assert_eq!(bench.side.target.config(bench.session).unwrap()[32], 1, "as at first");
+    bench.end();
+}
+
+#[test]
+fn a_split_ring_is_tracked_in_a_region_for_rings_of_any_size() {
+    let mut bench = Bench::new(Kind::Split);
+    let Ok(Answer::Inflight(fd, size)) = bench.say(Command::GetInflight { num_queues: 2, queue_size: 100 }) else { panic!("a region") };
+    bench.say(Command::SetInflight { fd, size, offset: 0, num_queues: 2, queue_size: 100 }).unwrap();
+    bench.start().unwrap();
+    bench.ask();
+    assert_eq!((bench.answered(), bench.state()), (1, QueueState::Running));
+    bench.end();
+}

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use qpair_bdev::{BdevError, Channel, ChannelId, Device, Info, IoId, Layer, Op, OpSet};
+use qpair_bdev::{BdevError, Channel, ChannelId, Device, Info, IoFlags, IoId, Layer, Op, OpSet};
 use qpair_memory::{Mapping, Pages, Region, copy_list};
 use qpair_reactor::Reactor;
 use qpair_reactor::sim;
@@ -24,6 +24,8 @@ pub struct Slow {
     manners: Manners,
     /// I/Os it has.
     pub held: Arc<AtomicU64>,
+    /// Writes and write-zeroes that were to be durable (FUA).
+    pub durable: Arc<AtomicU64>,
     pub channels: Arc<AtomicU64>,
 }
 
@@ -33,7 +35,7 @@ impl Slow {
         info.supported = OpSet::of(&[Op::Read, Op::Write, Op::Unmap, Op::WriteZeroes, Op::Flush, Op::Reset]);
         info.write_cache = true;
         let memory = memory.unwrap_or_else(|| Mapping::anonymous((blocks * 512) as usize, Pages::Normal).unwrap());
-        Self { info, memory, manners, held: Arc::default(), channels: Arc::default() }
+        Self { info, memory, manners, held: Arc::default(), durable: Arc::default(), channels: Arc::default() }
     }
 }
 
@@ -49,6 +51,7 @@ impl Device for Slow {
             manners: self.manners,
             stalled: Rc::default(),
             held: self.held.clone(),
+            durable: self.durable.clone(),
             channels: self.channels.clone(),
         }))
     }
@@ -63,6 +66,7 @@ struct SlowChannel {
     manners: Manners,
     stalled: Rc<RefCell<Vec<IoId>>>,
     held: Arc<AtomicU64>,
+    durable: Arc<AtomicU64>,
     channels: Arc<AtomicU64>,
 }
 
@@ -86,6 +90,7 @@ impl Channel for SlowChannel {
                 (rng.chance(manners.fails, 1000), rng.chance(manners.stalls, 1000), rng.below(300_000), rng.chance(1, 4))
             });
             self.held.fetch_add(1, Ordering::Relaxed);
+            self.durable.fetch_add(u64::from(layer.io(id).flags.contains(IoFlags::FUA)), Ordering::Relaxed);
             if stalls {
                 self.stalled.borrow_mut().push(id);
                 continue;

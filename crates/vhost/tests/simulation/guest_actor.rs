@@ -7,7 +7,7 @@ use qpair_memory::Mapping;
 use qpair_reactor::Handle;
 use qpair_reactor::event::Event;
 use qpair_reactor::sim::{Act, Rng};
-use qpair_vhost::{Answer, Broken, Change, Coalescing, Command, Failure, Reply, Source, Target, VhostError};
+use qpair_vhost::{Addresses, Answer, Broken, Change, Coalescing, Command, Failure, Reply, Source, Target, VhostError};
 use qpair_wire::virtio_blk::RequestType;
 use std::os::fd::OwnedFd;
 
@@ -35,6 +35,8 @@ pub struct Guest {
     pub call: Event,
     inflight: Option<(OwnedFd, u64)>,
     with_inflight: bool,
+    /// A dirty log that covers all of memory.
+    log: Arc<Mapping>,
     kind: Kind,
     size: u16,
     event_idx: bool,
@@ -116,6 +118,7 @@ impl Guest {
             call: Event::simulated(),
             inflight: None,
             with_inflight,
+            log: Mapping::memfd("log", ((guest::GUEST + MEMORY) / 4096 / 8) as usize).unwrap(),
             kind,
             size,
             event_idx,
@@ -339,8 +342,13 @@ impl Guest {
                 self.connect();
             }
             7 => {
+                // Logging begins, goes on elsewhere, or ends.
                 let features = 1 << 32 | 1 << 30 | 1 << 28 | if self.event_idx { 1 << 29 } else { 0 } | self.kind.feature();
-                self.plan.push_back(Step::Send(Command::SetFeatures(features)));
+                let fd = self.log.fd().expect("a memfd").try_clone_to_owned().unwrap();
+                self.plan.push_back(Step::Send(Command::SetLogBase { fd, size: self.log.len() as u64, offset: 0 }));
+                self.plan.push_back(Step::Send(Command::SetFeatures(features | if rng.chance(3, 4) { 1 << 26 } else { 0 })));
+                let addresses = Addresses { log: Some(guest::GUEST), ..self.queues[queue].driver.addresses() };
+                self.plan.push_back(Step::Send(Command::SetVringAddr { queue: queue as u16, addresses }));
             }
             8 => {
                 let mut reactors = self.reactors.clone();
