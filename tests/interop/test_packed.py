@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from interop.peers import QemuIo, QpairServer
+from linux_guest import Guest, vhost_user_blk_args
 
 DISK_BYTES = 32 << 20
 
@@ -30,3 +31,13 @@ def test_bytes_cross_our_initiator_and_our_target_by_packed_rings(qpair_server: 
         [position] = positions(qpair_server, name)
         assert position > 0
         assert position >> 15 == int(packed), f"{position:#x}"
+
+
+def test_a_guest_has_packed_rings_of_a_size_that_its_firmware_cannot_use(guest: Guest, qpair_server: QpairServer) -> None:
+    """Firmware comes first, with a split ring of its own; QEMU has had the inflight region made for rings of 100."""
+    qpair_server.rpc("bdev_malloc_create", name="disk0", num_blocks=65536, block_size=512)
+    arguments = vhost_user_blk_args(qpair_server.export_disk("vhost.0", "disk0", packed_ring=True), queue_size=100, packed=True)
+    identity = Path(__file__).parent / "jobs" / "identity.sh"
+    outcome = guest.run([identity], qemu_args=arguments, variables={"DISK": "vdb"}, timeout_s=120)
+    assert (outcome.rc, outcome.values.get("identity:packed")) == (0, "1"), outcome.console
+    assert "WARNING" not in qpair_server.log.read_text()

@@ -84,8 +84,8 @@ async def test_a_front_end_that_never_reads_costs_one_line_and_no_time(
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     theirs.setblocking(False)
     with contextlib.suppress(BlockingIOError):
-        while True:
-            theirs.send(bytes(64))
+        while theirs.send(bytes(64)):
+            pass
     theirs.setblocking(True)  # the descriptor's flags are the peer's, too
     assert await peer.order(m.SetBackendReqFd(), [theirs.fileno()]) == 0
     for _ in range(1000):

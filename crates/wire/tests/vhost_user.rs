@@ -105,6 +105,15 @@ fn a_configuration_reply_holds_the_block_devices_configuration() {
 }
 
 #[test]
+fn the_log_and_the_status_are_as_python_has_them() {
+    let log: vu::Log = payload("set_log_base", Request::SET_LOG_BASE);
+    assert_eq!((log.mmap_size.get(), log.mmap_offset.get()), (0x8000, 0));
+    assert_eq!(message("set_log_fd", Request::SET_LOG_FD).1, []);
+    assert_eq!(payload::<U64>("set_status", Request::SET_STATUS).get(), 0xf);
+    assert_eq!(payload::<U64>("status_reply", Request::GET_STATUS).get(), 0xf);
+}
+
+#[test]
 fn the_inflight_message_is_the_padded_structure() {
     let inflight: Inflight = payload("set_inflight_fd", Request::SET_INFLIGHT_FD);
     assert_eq!((inflight.num_queues.get(), inflight.queue_size.get()), (2, 256));
