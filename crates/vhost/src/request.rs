@@ -37,7 +37,8 @@ const SHAPE: DescFlags = WRITE_MORE.union(DescFlags::INDIRECT);
 
 /// The usual request, by the short way: a header alone, data in one direction and in the likely region, a status alone; in the ring, or all of
 /// it in a table. None: it is something else, or wrong; `data` is as it was, and [`parse`] finds out.
-#[inline]
+// Always: the queue is compiled for rings with and without a log, and what has two callers would be called (40 instructions a request).
+#[inline(always)]
 pub fn parse_usual<C: Chain>(chain: &mut C, memory: &GuestMemory, indirect: bool, data: &mut SgList) -> Option<Request> {
     let first = chain.first().ok()?;
     let mut rest = None;
