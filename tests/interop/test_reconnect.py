@@ -202,7 +202,7 @@ async def test_a_disk_that_grew_while_its_target_was_away_is_as_large_as_it_is(
     our_target.start()
     async with asyncio.timeout(10):
         kinds = [event.kind async for event in until(reader, "resized")]
-    assert kinds == ["failed", "resized"]
+    assert kinds[-2:] == ["failed", "resized"]
     assert initiator.bdevs.handle("remote0").size_bytes == 2 * BLOCK * BLOCKS
 
 
