@@ -5,6 +5,7 @@
 //! entry is written. A ring that drains takes nothing more and stops when nothing is in flight; so no used entry, no
 //! status and no data are written after it said it was quiet. A ring that failed writes nothing more at all.
 
+mod accept;
 mod prepare;
 
 use std::cell::RefCell;
@@ -12,7 +13,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use qpair_bdev::{ChannelId, IoId, Layer, Op, QueueId};
-use qpair_memory::{GuestMemory, Place, SgList};
+use qpair_memory::{GuestMemory, Place};
 use qpair_reactor::driver::WatchId;
 use qpair_reactor::event::Event;
 use qpair_reactor::log::{self, Level};
@@ -24,12 +25,12 @@ use zerocopy::FromZeros;
 use crate::coalesce::Interrupts;
 use crate::config::RANGES_MAX;
 use crate::log::Logged;
-use crate::request::{self, Request};
+use crate::request;
 use crate::ring::{Chain, Kind, Taken, Tracker};
 use crate::session::Setup;
 use crate::stats::QueueState;
 use crate::{Broken, PackedRing, SplitRing, VhostError};
-use prepare::{Refused, usual};
+use prepare::usual;
 
 /// Requests taken between two looks at what is done: small enough that the guest gets answers while we work on.
 const CHUNK: u16 = 32;
@@ -51,14 +52,6 @@ struct Slot {
     count: u16,
     /// Where the inflight region has it.
     entry: u16,
-}
-
-/// What became of a request that was looked at.
-enum Accepted {
-    Submitted,
-    /// At once, by its name.
-    Answered(u16, BlkStatus),
-    NoRoom,
 }
 
 /// Told when a draining ring has stopped, with its base.
@@ -461,57 +454,6 @@ impl<R: Kind> Queue<R> {
         self.batch.push(id);
         self.inflight += 1;
         true
-    }
-
-    #[inline(never)]
-    fn accept_any(&mut self, layer: &mut Layer, id: IoId, left: Option<u16>) -> Result<bool, Broken> {
-        let list = &mut layer.io_mut(id).list;
-        let found = match (left, &self.tracker) {
-            (Some(entry), Some(tracker)) => self.look(self.ring.left(tracker, entry), list),
-            _ => self.look(self.ring.chain(), list),
-        };
-        let found = found.and_then(|(head, request, taken)| {
-            self.ring.note(head, taken.id, &self.memory, &request, list)?;
-            Ok((request, taken))
-        });
-        let accepted = found.map(|(request, taken)| self.accept_found(layer, id, &request, taken, left));
-        if !matches!(accepted, Ok(Accepted::Submitted)) {
-            layer.give_back(id);
-        }
-        match accepted? {
-            Accepted::Submitted => self.inflight += 1,
-            Accepted::Answered(name, status) => self.answer(name, status),
-            Accepted::NoRoom => return Ok(false),
-        }
-        Ok(true)
-    }
-
-    /// What the chain asks for. A chain that is in flight, or could never be answered, is refused.
-    fn look(&self, mut chain: impl Chain, list: &mut SgList) -> Result<(u16, Request, Taken), Broken> {
-        let request = request::parse(&mut chain, &self.memory, self.setup.indirect, list)?;
-        let taken = chain.taken();
-        match self.slots.get(usize::from(taken.id)) {
-            Some(slot) if slot.pending == 0 => Ok((chain.head(), request, taken)),
-            _ => Err(chain.refused(taken, self.ring.size())),
-        }
-    }
-
-    fn accept_found(&mut self, layer: &mut Layer, id: IoId, request: &Request, taken: Taken, left: Option<u16>) -> Accepted {
-        let name = taken.id;
-        self.slots[usize::from(name)] =
-            Slot { status: request.status, written: 1, pending: 0, failed: Status::SUCCESS, count: taken.count, entry: left.unwrap_or(0) };
-        let accepted = match self.prepare(layer, id, name, request) {
-            Ok(()) => Accepted::Submitted,
-            Err(Refused::Answer(status)) => Accepted::Answered(name, status),
-            Err(Refused::NoRoom) => return Accepted::NoRoom,
-        };
-        if left.is_none() {
-            if let Some(tracker) = &mut self.tracker {
-                self.slots[usize::from(name)].entry = tracker.mark(&self.ring, taken);
-            }
-            self.ring.took(taken);
-        }
-        accepted
     }
 
     /// Ends the queue by name. What is in flight is still reaped, and no longer answered.

@@ -2,9 +2,8 @@
 
 Python decides, Rust moves: nothing here is called once per I/O, except by code that asked for single I/Os.
 
-Asynchronous calls return a *token* (``int``) at once; the answer arrives later as one `Reply` from
-`Engine.events`. `Engine.event_fd` is readable while events wait. Every token is answered exactly once,
-also through removal and shutdown (``ECANCELED``). A call that is refused before it reaches a reactor raises `EngineError`; then there
+Asynchronous calls return a *token* (``int``) at once; the answer arrives later as one `Reply` from `Engine.events`. `Engine.event_fd` is
+readable while events wait. Every token is answered exactly once, also through removal and shutdown (``ECANCELED``). A call that is refused before it reaches a reactor raises `EngineError`; then there
 is no token. A stopped engine, and the copy of one in a forked child, refuse every call with ``ESHUTDOWN``.
 
 The log is the process's: with several engines, the youngest live one tells it.
@@ -138,14 +137,7 @@ class Engine:
 
     # ---- bdevs (crates/bdev) -------------------------------------------------------------------------
     def bdev_null_create(
-        self,
-        name: str,
-        *,
-        num_blocks: int,
-        block_size: int,
-        uuid: str | None = None,
-        physical_block_size: int = 0,
-        metadata_bytes: int = 0,
+        self, name: str, *, num_blocks: int, block_size: int, uuid: str | None = None, physical_block_size: int = 0, metadata_bytes: int = 0
     ) -> int:
         """``metadata_bytes``: of each block, apart from its data. Reply value: None. Raises ``EEXIST`` for a name in use, ``EINVAL`` for geometry."""
 
@@ -290,14 +282,7 @@ class Engine:
         """``name, limits: (4 rates), bdevs``."""
 
     def bdev_enable_histogram(
-        self,
-        name: str,
-        enable: bool,
-        *,
-        ops: Sequence[str] | None = None,
-        granularity: int = 7,
-        min_ns: int = 1000,
-        max_ns: int = ...,
+        self, name: str, enable: bool, *, ops: Sequence[str] | None = None, granularity: int = 7, min_ns: int = 1000, max_ns: int = ...
     ) -> int:
         """Begins anew, or ends. ``ops``: by SPDK's names of I/O types; None: all."""
 
@@ -409,7 +394,7 @@ class Engine:
         """The queues run on these lcores' reactors in turn, those of a live session too: each stops, moves and goes on before the reply."""
 
     def vhost_blk_set_coalescing(self, name: str, delay_base_us: int, iops_threshold: int) -> int:
-        """How a queue's interrupts are held back once it answers more than ``iops_threshold`` requests a second; a delay of 0: not at all."""
+        """Holds back interrupts of a queue that answers more than ``iops_threshold`` requests a second. A delay of 0: never."""
 
     def vhost_session_open(self, controller: str) -> int:
         """Reply value: session id. One live session a controller: ``EBUSY`` otherwise."""
@@ -420,15 +405,13 @@ class Engine:
     def vhost_set_features(self, session: int, features: int) -> int: ...
     def vhost_set_protocol_features(self, session: int, features: int) -> int: ...
     def vhost_set_mem_table(self, session: int, regions: Sequence[tuple[int, int, int, int, int]]) -> int:
-        """``(guest_address, size_bytes, user_address, mmap_offset, fd)``. Fds are duplicated. Live rings are drained, moved
-        to the new table and restarted before the reply."""
+        """``(guest_address, size_bytes, user_address, mmap_offset, fd)``. Live rings are drained, moved to the new table and restarted before the reply."""
 
     def vhost_set_vring_num(self, session: int, queue: int, size: int) -> int: ...
     def vhost_set_vring_addr(self, session: int, queue: int, flags: int, desc: int, used: int, avail: int, log: int) -> int: ...
     def vhost_set_vring_base(self, session: int, queue: int, base: int) -> int: ...
     def vhost_get_vring_base(self, session: int, queue: int, *, deadline_ms: int = 5_000) -> int:
-        """Stops the ring: replies the base only after the last request is done and its reactor has let go. What is in flight after ``deadline_ms`` is asked
-        to end early; so it is, from then on, whenever a ring of this controller's stops."""
+        """Stops the ring: replies the base when all is done. What is in flight after ``deadline_ms``, the controller's from then on, is asked to end early."""
 
     def vhost_set_vring_kick(self, session: int, queue: int, fd: int | None) -> int:
         """Starts the ring (vhost-user: "rings are started by a kick or by this message"). None: poll only."""

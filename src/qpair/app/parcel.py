@@ -80,12 +80,10 @@ def pack(message: msgspec.Struct) -> tuple[bytes, list[int]]:
     fds: list[int] = []
 
     def place(value: Any) -> Any:
-        if isinstance(value, Descriptor):
-            fds.append(value.fileno())
-            return len(fds) - 1
-        if isinstance(value, bytes):
-            return value
-        raise NotImplementedError(type(value))
+        if not isinstance(value, Descriptor):
+            raise TypeError(f"a message cannot hold a {type(value).__name__}")
+        fds.append(value.fileno())
+        return len(fds) - 1
 
     return msgspec.json.encode(message, enc_hook=place), fds
 
@@ -96,8 +94,7 @@ def unpack(data: bytes, fds: Sequence[int], kind: type[Message] | Any) -> Messag
     named: set[int] = set()
 
     def find(wanted: type, value: Any) -> Any:
-        if wanted is not Descriptor:
-            raise NotImplementedError(wanted)
+        assert wanted is Descriptor
         if type(value) is not int or not 0 <= value < len(owned) or value in named:
             raise ValueError(f"descriptor {value!r:.40} of {len(owned)} is not there, or named twice")
         named.add(value)
