@@ -192,9 +192,10 @@ impl Array {
 
     /// Legs are to be dropped, those of that view, and why: writes wait for that.
     pub(crate) fn report(self: &Arc<Self>, slots: Mask, view: &View, why: &str) {
-        self.blame(slots, why);
         let mut state = lock(&self.state);
         for slot in slots.slots() {
+            // What came first is the reason: a write that misses it is what follows from that.
+            state.slots[slot].blame.get_or_insert_with(|| why.to_owned());
             let member = view.members[slot].as_ref().map(Arc::downgrade).unwrap_or_default();
             if !state.reported.iter().any(|(other, known)| *other == slot && known.ptr_eq(&member)) {
                 state.reported.push((slot, member));

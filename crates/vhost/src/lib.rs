@@ -17,7 +17,7 @@
 //!
 //! Errors. [`VhostError`] for commands that cannot be done; [`Broken`] for what a ring's driver did.
 //!
-//! Not implemented: in-order use (a fast answer would wait behind a slow one). Memory regions that come and go one by one, and backend requests, are Python's.
+//! Memory regions that come and go one by one, and backend requests, are Python's.
 //!
 //! Limits: [`QUEUES_MAX`] queues a controller, 32768 entries a queue, [`request::SEGMENTS_MAX`] data segments a request.
 

@@ -6,6 +6,7 @@
 //! status and no data are written after it said it was quiet. A ring that failed writes nothing more at all.
 
 mod accept;
+mod order;
 mod prepare;
 
 use std::cell::RefCell;
@@ -30,6 +31,7 @@ use crate::ring::{Chain, Kind, Taken, Tracker};
 use crate::session::Setup;
 use crate::stats::QueueState;
 use crate::{Broken, PackedRing, SplitRing, VhostError};
+use order::Order;
 use prepare::usual;
 
 /// Requests taken between two looks at what is done: small enough that the guest gets answers while we work on.
@@ -100,6 +102,8 @@ struct Queue<R: Kind> {
     batch: Vec<IoId>,
     done: Vec<IoId>,
     block_shift: u32,
+    /// If the driver wants its answers in the order of its requests.
+    order: Option<Order>,
     /// Writes may take the short way: they are allowed, and not each to be durable.
     plain_writes: bool,
     /// If interrupts are coalesced.
@@ -122,7 +126,8 @@ impl<R: Kind> Queue<R> {
         let poller = reactor.reserve_poller(format!("vhost_{}_{}", setup.name, setup.index));
         let waker = reactor.waker(poller).ok_or_else(|| VhostError::State("no poller".into()))?;
         let completions = layer.borrow_mut().add_queue(waker);
-        let slots = Slot::new_vec_zeroed(usize::from(ring.size())).map_err(|_| VhostError::State("no memory for a ring".into()))?;
+        let slots_count = ring.size();
+        let slots = Slot::new_vec_zeroed(usize::from(slots_count)).map_err(|_| VhostError::State("no memory for a ring".into()))?;
         setup.stats.set_state(QueueState::Running);
         let call = || setup.call.as_ref().map(Event::twin).transpose().map_err(|error| VhostError::Os("dup", error));
         let coalescing = setup.coalescing.map(|coalescing| Ok::<_, VhostError>((coalescing, call()?))).transpose()?;
@@ -146,6 +151,7 @@ impl<R: Kind> Queue<R> {
             batch: Vec::with_capacity(usize::from(CHUNK) * RANGES_MAX),
             done: Vec::with_capacity(1024),
             block_shift: setup.info.block_size.trailing_zeros(),
+            order: setup.in_order.then(|| Order::new(usize::from(slots_count))),
             plain_writes: !setup.readonly && !setup.durable,
             interrupts,
             stopped: None,
@@ -320,6 +326,16 @@ impl<R: Kind> Queue<R> {
         let _ = region.write(offset, &[status.0]);
         self.ring.mark(name);
         let written = if status == BlkStatus::OK { slot.written } else { 1 };
+        match &self.order {
+            None => self.push(name, written),
+            Some(_) => self.answer_in_order(name, written),
+        }
+    }
+
+    /// Writes a used entry.
+    #[inline]
+    fn push(&mut self, name: u16, written: u32) {
+        let slot = &self.slots[usize::from(name)];
         self.ring.push_used(Taken { id: name, count: slot.count }, written);
         self.answered += 1;
         if let Some(tracker) = &mut self.tracker {
@@ -451,6 +467,9 @@ impl<R: Kind> Queue<R> {
         self.slots[usize::from(taken.id)] =
             Slot { status: request.status, written, pending: 1, failed: Status::SUCCESS, count: taken.count, entry };
         self.ring.took(taken);
+        if let Some(order) = &mut self.order {
+            order.took(taken.id);
+        }
         self.batch.push(id);
         self.inflight += 1;
         true

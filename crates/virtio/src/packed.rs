@@ -39,8 +39,8 @@ pub(crate) struct PackedRing {
     added: u16,
     /// Descriptors under way, those of the batch among them.
     outstanding: u16,
-    /// The batch's first descriptor, of which the second word is not yet written.
-    first: Option<(usize, u64)>,
+    /// The batch's first descriptor, not yet written: its place and both words. The device looks at its line all the time: it is written in one go.
+    first: Option<(usize, [u64; 2])>,
     /// How many descriptors each id has.
     counts: Vec<u16>,
 }
@@ -61,10 +61,12 @@ impl PackedRing {
         let at = 2 * usize::from(self.avail_at.index());
         let flags = u64::from(flags | self.avail_at.available());
         let second = u64::from(length) | u64::from(id) << ID_SHIFT | flags << FLAGS_SHIFT;
-        self.words.store_atomic(at, address, Ordering::Relaxed);
         match self.first {
-            None => self.first = Some((at + 1, second)),
-            Some(_) => self.words.store_atomic(at + 1, second, Ordering::Relaxed),
+            None => self.first = Some((at, [address, second])),
+            Some(_) => {
+                self.words.store_atomic(at, address, Ordering::Relaxed);
+                self.words.store_atomic(at + 1, second, Ordering::Relaxed);
+            }
         }
         self.avail_at = self.size.advance(self.avail_at, 1);
         self.added += 1;
@@ -133,8 +135,9 @@ impl Ring for PackedRing {
 
     #[inline]
     fn publish(&mut self) -> bool {
-        let Some((at, second)) = self.first.take() else { return false };
-        self.words.store_atomic(at, second, Ordering::Release);
+        let Some((at, [address, second])) = self.first.take() else { return false };
+        self.words.store_atomic(at, address, Ordering::Relaxed);
+        self.words.store_atomic(at + 1, second, Ordering::Release);
         let added = u32::from(std::mem::take(&mut self.added));
         fence(Ordering::SeqCst);
         let wish = self.device_event.load_atomic(0, Ordering::Relaxed);

@@ -237,7 +237,10 @@ async def bdev_uring_rescan(stack: Stack, params: Named) -> bool:
 
 
 def _no_protection(dif_type: int | None, md_interleave: bool | None = None) -> None:
+    refused = []
     if md_interleave:
-        raise InvalidArgument("parameter 'md_interleave': true; metadata within the blocks is not supported, only apart from them")
+        refused.append("parameter 'md_interleave': true; metadata within the blocks is not supported, only apart from them")
     if dif_type:
-        raise InvalidArgument(f"parameter 'dif_type': {dif_type}; protection information is not supported, the limit is 0")
+        refused.append(f"parameter 'dif_type': {dif_type}; protection information is not supported, the limit is 0")
+    if refused:
+        raise InvalidArgument("; ".join(refused))

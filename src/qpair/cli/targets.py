@@ -53,13 +53,13 @@ async def attach(
         raise InvalidArgument(f"target {text!r}: write {FORMS}")
     if kind == "bdev":
         async with _exported(rest, address=address, write=write) as socket:
-            await stack.virtio.attach(name, socket, queue_size=queue_size)
+            await stack.virtio.attach(name, socket, queue_size=queue_size, loss_timeout_s=0)
             try:
                 yield name
             finally:
                 await stack.virtio.detach(name)
     elif kind == "vhost":
-        await stack.virtio.attach(name, rest, queue_size=queue_size)
+        await stack.virtio.attach(name, rest, queue_size=queue_size, loss_timeout_s=0)
         yield name
     elif kind == "malloc":
         yield (await stack.malloc(name, rest, block_size=block_size)).name

@@ -114,9 +114,10 @@ class VirtioSubsystem(Subsystem):
         num_queues: int | None = None,
         queue_size: int = 512,
         timeout_s: float = 10.0,
+        loss_timeout_s: float | None = None,
     ) -> VirtioController:
         """Make the target on socket ``path`` the bdev ``name``. ``num_queues``: one a reactor, unless given; lowered to what the target has. ``timeout_s`` is for each
-        answer."""
+        answer; ``loss_timeout_s``: how long I/O waits for a target that left, if it is to be less than `set_options` said."""
         wanted = min(len(self.stack.cores), QUEUES_MAX) if num_queues is None else num_queues
         if not name:
             raise InvalidArgument("name is empty")
@@ -131,13 +132,17 @@ class VirtioSubsystem(Subsystem):
             # Only an attached target needs the codecs: a server without one answers its first RPC sooner.
             from qpair.virtio.attachment import Attachment
 
-            attachment = Attachment(self.stack, name, os.fspath(path), timeout_s=timeout_s, loss_timeout_s=self.loss_timeout_s)
+            attachment = Attachment(self.stack, name, os.fspath(path), timeout_s=timeout_s, loss_timeout_s=self._limit(loss_timeout_s))
             await attachment.begin(wanted, queue_size, self._memory_factory, asked=num_queues is not None)
         finally:
             self._busy_names.discard(name)
         self._attached[name] = attachment
         attachment.watch(lambda: self._spawn(self._remove_lost(name)))
         return attachment.controller
+
+    def _limit(self, asked: float | None) -> float | None:
+        limits = [limit for limit in (_checked_limit(asked), self.loss_timeout_s) if limit is not None]
+        return min(limits, default=None)
 
     # -- detaching --------------------------------------------------------------------------------
 

@@ -27,9 +27,11 @@ pub(crate) struct SplitTracker {
     desc_num: SharedIndex,
     last_batch_head: SharedIndex,
     used_idx: SharedIndex,
-    entries: Shared<[u64; 2]>,
+    /// Two an entry: mark and link; counter.
+    words: Shared<u64>,
     counter: u64,
-    batch: Vec<u16>,
+    /// What is done and not yet shown: its entry, and the entry's first word.
+    batch: Vec<(u16, u64)>,
 }
 
 /// What a predecessor left.
@@ -48,14 +50,14 @@ impl SplitTracker {
             desc_num: SharedIndex::new(region, base + INFLIGHT_DESC_NUM_OFFSET)?,
             last_batch_head: SharedIndex::new(region, base + INFLIGHT_LAST_BATCH_HEAD_OFFSET)?,
             used_idx: SharedIndex::new(region, base + INFLIGHT_USED_IDX_OFFSET)?,
-            entries: Shared::new(region, base + inflight_desc_offset(0, 0, 0), usize::from(size))?,
+            words: Shared::new(region, base + inflight_desc_offset(0, 0, 0), 2 * usize::from(size))?,
             counter: 0,
             batch: Vec::with_capacity(usize::from(size)),
         })
     }
 
     fn size(&self) -> u16 {
-        self.entries.count() as u16
+        (self.words.count() / 2) as u16
     }
 
     /// Reads what is there against the ring's used index; starts a fresh region.
@@ -78,9 +80,8 @@ impl SplitTracker {
         self.undo_last_batch(ring_used)?;
         let mut marked: Vec<(u64, u16)> = Vec::new();
         for head in 0..size {
-            let [word, counter] = self.entries.load(usize::from(head));
-            if word & 0xff == MARK {
-                marked.push((u64::from_le(counter), head));
+            if self.word(head) & 0xff == MARK {
+                marked.push((u64::from_le(self.words.load(2 * usize::from(head) + 1)), head));
             }
         }
         marked.sort_unstable();
@@ -99,9 +100,8 @@ impl SplitTracker {
             if head >= self.size() {
                 return Err(Broken::Inflight(format!("the last batch names descriptor {head} of {}", self.size())));
             }
-            let [word, counter] = self.entries.load(usize::from(head));
-            let word = u64::from_le(word);
-            self.entries.store(usize::from(head), [(word & !0xff).to_le(), counter]);
+            let word = self.word(head);
+            self.set_word(head, word & !0xff);
             head = (word >> LINK_SHIFT) as u16;
         }
         self.used_idx.store(ring_used, Ordering::Release);
@@ -109,27 +109,38 @@ impl SplitTracker {
     }
 
     #[inline]
+    fn word(&self, head: u16) -> u64 {
+        u64::from_le(self.words.load(2 * usize::from(head)))
+    }
+
+    #[inline]
+    fn set_word(&self, head: u16, word: u64) {
+        self.words.store(2 * usize::from(head), word.to_le());
+    }
+
+    #[inline]
     fn note(&mut self, head: u16) {
-        self.entries.store(usize::from(head), [MARK.to_le(), self.counter.to_le()]);
+        self.words.store(2 * usize::from(head) + 1, self.counter.to_le());
+        self.set_word(head, MARK);
         self.counter = self.counter.wrapping_add(1);
     }
 
     #[inline]
     fn link(&mut self, head: u16) {
-        let link = if self.batch.is_empty() { 0 } else { self.last_batch_head.load(Ordering::Relaxed) };
-        let [_, counter] = self.entries.load(usize::from(head));
-        self.entries.store(usize::from(head), [(MARK | u64::from(link) << LINK_SHIFT).to_le(), counter]);
+        let link = self.batch.last().map_or(0, |(head, _)| *head);
+        let word = MARK | u64::from(link) << LINK_SHIFT;
+        self.set_word(head, word);
         compiler_fence(Ordering::SeqCst);
         self.last_batch_head.store(head, Ordering::Relaxed);
-        self.batch.push(head);
+        self.batch.push((head, word));
     }
 
     fn forget_batch(&mut self, ring_used: u16) {
         compiler_fence(Ordering::SeqCst);
-        while let Some(head) = self.batch.pop() {
-            let [word, counter] = self.entries.load(usize::from(head));
-            self.entries.store(usize::from(head), [word & !MARK.to_le(), counter]);
+        for (head, word) in &self.batch {
+            self.set_word(*head, word & !MARK);
         }
+        self.batch.clear();
         compiler_fence(Ordering::SeqCst);
         self.used_idx.store(ring_used, Ordering::Release);
     }

@@ -68,6 +68,9 @@ impl<R: Kind> Queue<R> {
             }
             self.ring.took(taken);
         }
+        if let Some(order) = &mut self.order {
+            order.took(name);
+        }
         accepted
     }
 }

@@ -40,6 +40,7 @@ pub struct Guest {
     kind: Kind,
     size: u16,
     event_idx: bool,
+    in_order: bool,
     plan: VecDeque<Step>,
     pending: Option<(Expect, Outcome)>,
     left: u32,
@@ -58,6 +59,8 @@ struct Queue {
     running: bool,
     base: u32,
     asked: Vec<Option<(Ask, u8)>>,
+    /// Slots under way, oldest first.
+    order: VecDeque<usize>,
     /// What each slot's blocks hold, if known.
     content: [Option<u8>; SLOTS],
     broken: bool,
@@ -99,7 +102,7 @@ impl Guest {
             Kind::Split => *rng.pick(&[1, 2, 8, 16, 64]),
             Kind::Packed => *rng.pick(&[1, 2, 5, 7, 16, 64, 100]),
         };
-        let (event_idx, with_inflight) = (rng.chance(1, 2), rng.chance(1, 2));
+        let (event_idx, with_inflight, in_order) = (rng.chance(1, 2), rng.chance(1, 2), rng.chance(1, 3));
         let memory = Mapping::memfd("guest", MEMORY as usize).unwrap();
         let base = match kind {
             Kind::Split => *rng.pick(&[0, 65530, 40000]),
@@ -122,6 +125,7 @@ impl Guest {
             kind,
             size,
             event_idx,
+            in_order,
             plan: VecDeque::new(),
             pending: None,
             left,
@@ -143,13 +147,16 @@ impl Guest {
         let at = index as u64 * Driver::bytes(self.size, SLOTS).next_multiple_of(4096);
         let driver = Driver::new(self.kind, &self.memory, at, self.size, SLOTS, self.event_idx, base);
         let asked = vec![None; SLOTS];
-        Queue { driver, kick: Event::simulated(), running: false, base, asked, content: [None; SLOTS], broken: false }
+        Queue { driver, kick: Event::simulated(), running: false, base, asked, order: VecDeque::new(), content: [None; SLOTS], broken: false }
+    }
+
+    fn features(&self) -> u64 {
+        1 << 32 | 1 << 30 | 1 << 28 | u64::from(self.event_idx) << 29 | u64::from(self.in_order) << 35 | self.kind.feature()
     }
 
     /// All that a front end says before its rings run.
     fn connect(&mut self) {
-        let event = if self.event_idx { 1 << 29 } else { 0 };
-        self.plan.push_back(Step::Send(Command::SetFeatures(1 << 32 | 1 << 30 | 1 << 28 | event | self.kind.feature())));
+        self.plan.push_back(Step::Send(Command::SetFeatures(self.features())));
         if self.with_inflight {
             self.plan.push_back(Step::NewInflight);
         }
@@ -264,6 +271,9 @@ impl Guest {
         for queue in self.queues.iter_mut().filter(|queue| !queue.broken) {
             while let Some(done) = queue.driver.reap() {
                 self.answered += 1;
+                let place = queue.order.iter().position(|slot| *slot == done.slot).expect("under way");
+                queue.order.remove(place);
+                assert!(!self.in_order || place == 0, "{place} requests are older than the one that is answered");
                 let (ask, value) = queue.asked[done.slot].take().expect("asked");
                 assert!(done.status <= 2, "status {} of {ask:?}", done.status);
                 if self.faithful && !self.removed {
@@ -315,6 +325,7 @@ impl Guest {
         queue.driver.fill(slot, bytes, if ask.out { value } else { !value });
         if queue.driver.add(&ask).is_some() {
             queue.asked[slot] = Some((ask, value));
+            queue.order.push_back(slot);
         }
     }
 
@@ -343,7 +354,7 @@ impl Guest {
             }
             7 => {
                 // Logging begins, goes on elsewhere, or ends.
-                let features = 1 << 32 | 1 << 30 | 1 << 28 | if self.event_idx { 1 << 29 } else { 0 } | self.kind.feature();
+                let features = self.features();
                 let fd = self.log.fd().expect("a memfd").try_clone_to_owned().unwrap();
                 self.plan.push_back(Step::Send(Command::SetLogBase { fd, size: self.log.len() as u64, offset: 0 }));
                 self.plan.push_back(Step::Send(Command::SetFeatures(features | if rng.chance(3, 4) { 1 << 26 } else { 0 })));
