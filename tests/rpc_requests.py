@@ -224,7 +224,7 @@ def unfitting(choice: Choice, field: Field) -> Any:
         wrong += [{}, {"a": 1}, {str(number): number for number in range(500)}]
     if isinstance(kind, inspect.IntType):
         if kind.ge is not None:
-            wrong += [kind.ge - 1, -(2**31), -(2**63), -(10**400)]
+            wrong += [kind.ge - 1, *(low for low in (-(2**31), -(2**63), -(10**400)) if low < kind.ge)]
         high = kind.le if kind.le is not None else U64_MAX
         wrong += [high + 1, 2**64, 10**30, 10**4000]
     if isinstance(kind, inspect.StrType) and kind.pattern:

@@ -33,7 +33,7 @@ def blocking(engine_factory: Callable[..., Any], tmp_path: Path) -> Iterator[Blo
 
 
 # What is of the loop itself, and has no meaning elsewhere.
-NOT_TWINNED = {Stack: {"engine", "bridge"}}
+NOT_TWINNED = {Stack: {"engine", "bridge", "rest", "stop_listening"}}  # what qpair serve does with a stack
 
 
 def public(of: type) -> dict[str, Any]:

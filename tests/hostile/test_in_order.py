@@ -20,7 +20,9 @@ FAST_AT = DATA_AT + 0x2000
 def slow(tmp_path: Path) -> Iterator[Serve]:
     with Serve(tmp_path) as server:
         server.malloc("ram")
-        latencies = dict.fromkeys(("avg_read_latency", "p99_read_latency"), 0) | dict.fromkeys(("avg_write_latency", "p99_write_latency"), SLOW_US)
+        latencies = dict.fromkeys(("avg_read_latency", "p99_read_latency"), 0) | dict.fromkeys(
+            ("avg_write_latency", "p99_write_latency"), SLOW_US
+        )
         server.rpc("bdev_delay_create", base_bdev_name="ram", name="slow", **latencies)
         server.export("disk", "slow")
         yield server
