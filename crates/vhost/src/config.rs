@@ -12,8 +12,12 @@ pub(crate) const RANGES_MAX: usize = 16;
 
 /// Feature bits offered for a bdev.
 pub fn features(info: &Info, readonly: bool, packed_ring: bool) -> u64 {
-    let mut ring =
-        Features::LOG_ALL | Features::VERSION_1 | Features::RING_EVENT_IDX | Features::INDIRECT_DESC | Features::IN_ORDER | Features::PROTOCOL_FEATURES;
+    let mut ring = Features::LOG_ALL
+        | Features::VERSION_1
+        | Features::RING_EVENT_IDX
+        | Features::INDIRECT_DESC
+        | Features::IN_ORDER
+        | Features::PROTOCOL_FEATURES;
     ring.set(Features::RING_PACKED, packed_ring);
     let mut blk = BlkFeatures::SEG_MAX | BlkFeatures::SIZE_MAX | BlkFeatures::BLK_SIZE | BlkFeatures::TOPOLOGY | BlkFeatures::MQ;
     blk.set(BlkFeatures::RO, readonly || info.readonly);

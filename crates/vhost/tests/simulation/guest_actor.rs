@@ -147,7 +147,16 @@ impl Guest {
         let at = index as u64 * Driver::bytes(self.size, SLOTS).next_multiple_of(4096);
         let driver = Driver::new(self.kind, &self.memory, at, self.size, SLOTS, self.event_idx, base);
         let asked = vec![None; SLOTS];
-        Queue { driver, kick: Event::simulated(), running: false, base, asked, order: VecDeque::new(), content: [None; SLOTS], broken: false }
+        Queue {
+            driver,
+            kick: Event::simulated(),
+            running: false,
+            base,
+            asked,
+            order: VecDeque::new(),
+            content: [None; SLOTS],
+            broken: false,
+        }
     }
 
     fn features(&self) -> u64 {
