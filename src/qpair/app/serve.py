@@ -301,8 +301,8 @@ class _Process:
             await stack.start_subsystems()
             await adopt(stack, handover)
             await self._resume(stack)
-        except QpairError as error:
-            logger.critical("cannot go on after a takeover that failed: %s", error)
+        except Exception as error:
+            logger.critical("cannot go on after a takeover that failed: %s", error, exc_info=not isinstance(error, QpairError))
             self._exit_code = 1
             self._stopping.set()
 

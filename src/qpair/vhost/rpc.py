@@ -72,9 +72,7 @@ class SetCoalescing(Params):
     iops_threshold: U32
 
 
-@method("vhost_create_blk_controller", params=CreateBlkController)
-async def vhost_create_blk_controller(stack: Stack, params: CreateBlkController) -> bool:
-    """Export a bdev as a virtio block device on a vhost-user socket."""
+async def _create(stack: Stack, params: CreateBlkController, **more: Any) -> bool:
     await stack.vhost.create(
         params.ctrlr,
         params.dev_name,
@@ -82,24 +80,21 @@ async def vhost_create_blk_controller(stack: Stack, params: CreateBlkController)
         readonly=params.readonly,
         packed_ring=params.packed_ring,
         transport=params.transport,
+        **more,
     )
     return True
+
+
+@method("vhost_create_blk_controller", params=CreateBlkController)
+async def vhost_create_blk_controller(stack: Stack, params: CreateBlkController) -> bool:
+    """Export a bdev as a virtio block device on a vhost-user socket."""
+    return await _create(stack, params)
 
 
 @method("qpair_vhost_create_blk_controller", params=QpairCreateBlkController)
 async def qpair_vhost_create_blk_controller(stack: Stack, params: QpairCreateBlkController) -> bool:
     """As vhost_create_blk_controller, with what only qpair has: the number of queues, and a socket on which the front end listens (``client``)."""
-    await stack.vhost.create(
-        params.ctrlr,
-        params.dev_name,
-        cpumask=params.cpumask,
-        readonly=params.readonly,
-        packed_ring=params.packed_ring,
-        transport=params.transport,
-        num_queues=params.num_queues,
-        client=params.client,
-    )
-    return True
+    return await _create(stack, params, num_queues=params.num_queues, client=params.client)
 
 
 @method("qpair_vhost_set_cpumask", params=SetCpumask)

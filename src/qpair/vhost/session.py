@@ -164,7 +164,7 @@ class Session:
         self._bdev = info["bdev"]
         self.id = await self._bridge.call(opening, unclaimed=self._abandon)
         self._protocol = BackendProtocol(device_features=info["device_features"], num_queues=info["num_queues"])
-        inherited = self._start.is_set()
+        fresh = self._start.is_set()
         for name, args in self._record.restore_calls():
             await self._call(name, args)
         if (known := self._record.backend) is not None:
@@ -172,7 +172,7 @@ class Session:
         self._protocol.resume(self._record)
         self._memory_fds = sorted(fd for _, fd in self._protocol.memory)
         self.restored.set_result(None)
-        came = "a front end connected" if inherited else "a front end was taken over"
+        came = "a front end connected" if fresh else "a front end was taken over"
         self._lines.log(logger, logging.INFO, "vhost %s: %s (session %s)", self.controller, came, self.id)
 
     async def _next(self) -> Received | None:

@@ -84,7 +84,7 @@ class Giver:
         try:
             await self._prepare(peer, protocol)
             handover = await self._serving.rest(QUIET_S)
-        except QpairError as error:
+        except (QpairError, OSError) as error:
             logger.warning("takeover given up, nothing was changed: %s", error)
             await peer.tell_failed(str(error))
             peer.close()

@@ -15,6 +15,7 @@ import contextlib
 import os
 import socket
 import tempfile
+from errno import EIO
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,7 +24,7 @@ from qpair.app.config import load_runtime, parse
 from qpair.app.takeover.messages import PROTOCOLS, FromGiver, Go, Handover, Offer, Prepared, Ready
 from qpair.app.takeover.peer import Lost, Peer, same_user
 from qpair.app.version import VERSION
-from qpair.errors import InvalidArgument, MethodNotFound, QpairError, Unsupported
+from qpair.errors import InvalidArgument, MethodNotFound, QpairError, Unsupported, from_errno
 from qpair.rpc.address import parse_address
 
 if TYPE_CHECKING:
@@ -118,6 +119,15 @@ async def _call(address: str, params: dict[str, Any]) -> None:
 
 async def adopt(stack: Stack, handover: Handover) -> None:
     """Bdevs, controllers and sessions as they were; no ring runs before ``stack.vhost.start_sessions``."""
+    try:
+        await _adopt(stack, handover)
+    except OSError as error:
+        if isinstance(error, QpairError):
+            raise
+        raise from_errno(error.errno or EIO, f"what was handed over cannot be used: {error.strerror or error}") from error
+
+
+async def _adopt(stack: Stack, handover: Handover) -> None:
     for record in handover.sockets:
         stack.passed_sockets.inherit(record)
     for controller in handover.controllers:
